@@ -1,0 +1,57 @@
+"""interleaf: small trainable adapters between the layers of a frozen Transformer.
+
+The names below are loaded on first use, so that `import interleaf` and the command line stay quick.
+Importing any of them registers the adapter kinds with PEFT.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from interleaf.adapter import Adapter, AdapterConfig, register_adapter
+    from interleaf.adapters import Bottleneck, BottleneckConfig
+    from interleaf.errors import InterleafError
+    from interleaf.model import AdaptedModel, AdapterSummary, adapt
+    from interleaf.sites import Site, find_sites
+    from interleaf.store import Adaptation
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adaptation": "store",
+    "AdaptedModel": "model",
+    "Adapter": "adapter",
+    "AdapterConfig": "adapter",
+    "AdapterSummary": "model",
+    "Bottleneck": "adapters",
+    "BottleneckConfig": "adapters",
+    "InterleafError": "errors",
+    "Site": "sites",
+    "adapt": "model",
+    "find_sites": "sites",
+    "register_adapter": "adapter",
+}
+
+__all__ = [
+    "Adaptation",
+    "AdaptedModel",
+    "Adapter",
+    "AdapterConfig",
+    "AdapterSummary",
+    "Bottleneck",
+    "BottleneckConfig",
+    "InterleafError",
+    "Site",
+    "adapt",
+    "find_sites",
+    "register_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'interleaf' has no attribute {name!r}")
+    importlib.import_module("interleaf.adapters")
+    return getattr(importlib.import_module(f"interleaf.{_HOME[name]}"), name)

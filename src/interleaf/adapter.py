@@ -1,0 +1,143 @@
+"""What every adapter kind is: a config, a module `y' = f(x, y)`, and an entry in the registry.
+
+Axes: `B` batch, `T` tokens, `D` width of the model, `R` bottleneck.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from interleaf.errors import ConfigError
+from interleaf.sites import Site, find_sites, hidden_size, select_sites, target_sites
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Where an adapter goes; each kind's config adds what it is."""
+
+    positions: list[str] = field(default_factory=lambda: ["attention", "ffn"])
+    """Sublayers to adapt: attention, cross_attention, ffn, block."""
+    layers: str | list[int] = "all"
+    """Layers of each stack to adapt: all, first:n, last:n, or a list of numbers."""
+    target_modules: str | list[str] | None = None
+    """Modules to adapt by name instead: name endings, or one regular expression."""
+    input_dim: int | None = None
+    """Width of the model; read from its config when not given."""
+
+    modules_to_save: list[str] | None = None
+    """Modules trained whole and saved along; by default the task's head."""
+    registered_as: ClassVar[Any] = None
+    """The kind's PeftType, set when it is registered."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = self.registered_as
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """Return the sites of `model` this config adapts.
+
+        Raises:
+            SiteError: nothing matches, or the model has no such layer or position.
+        """
+        width = self.input_dim or hidden_size(model)
+        if self.target_modules is not None:
+            return target_sites(model, self.target_modules, width)
+        return select_sites(find_sites(model, width), self.positions, self.layers)
+
+    @abstractmethod
+    def build(self, site: Site) -> Adapter:
+        """Make the adapter for one site."""
+
+
+class Adapter(nn.Module):
+    """A function of what a site reads and what it writes.
+
+    `reads` says whether the adapter needs `x`; `before` whether it changes the layer's input
+    instead of its output.
+    """
+
+    reads: bool = False
+    before: bool = False
+
+    @abstractmethod
+    def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
+        """Return the new `y`.
+
+        Args:
+            x: what the site reads, shape [B, T, D]; None unless `reads`.
+            y: what the site writes (its input, if `before`), shape [B, T, D].
+        """
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One registered adapter kind: its PEFT name, its config class and its presets."""
+
+    name: str
+    config_cls: type[AdapterConfig]
+    presets: dict[str, dict[str, Any]]
+
+
+C = TypeVar("C", bound=type[AdapterConfig])
+
+
+class Registry:
+    """All adapter kinds, by name; the CLI, the docs and the contract tests read it."""
+
+    kinds: ClassVar[dict[str, Kind]] = {}
+
+    @classmethod
+    def presets(cls) -> dict[str, AdapterConfig]:
+        """Return every preset by name, each as a fresh config."""
+        return {p: k.config_cls(**o) for k in cls.kinds.values() for p, o in k.presets.items()}
+
+
+def register_adapter(name: str, presets: dict[str, dict[str, Any]] | None = None) -> Callable[[C], C]:
+    """Register a config class as an adapter kind (a class decorator).
+
+    Args:
+        name: the kind's name in lower case; also its PEFT type.
+        presets: named settings of this kind.
+    """
+
+    def register(config_cls: C) -> C:
+        from interleaf.tuner import register_kind
+
+        if name in Registry.kinds:
+            raise ConfigError(f"the adapter kind {name!r} is registered already. Choose another name.")
+        config_cls.registered_as = register_kind(name, config_cls)
+        Registry.kinds[name] = Kind(name, config_cls, presets or {name: {}})
+        return config_cls
+
+    return register
+
+
+def as_config(config: str | AdapterConfig, **overrides: Any) -> AdapterConfig:
+    """Turn a preset's name, or a config, into a config of its own.
+
+    Raises:
+        ConfigError: an unknown preset or setting.
+    """
+    import copy
+
+    if isinstance(config, AdapterConfig):
+        made = copy.deepcopy(config)
+    elif config in (presets := Registry.presets()):
+        made = presets[config]
+    else:
+        raise ConfigError(f"there is no preset {config!r}. There are: {', '.join(sorted(presets))}.")
+    unknown = set(overrides) - set(type(made).__dataclass_fields__)
+    if unknown:
+        raise ConfigError(f"unknown adapter setting {sorted(unknown)[0]!r} for {type(made).__name__}.")
+    return type(made)(**{**_fields(made), **overrides}) if overrides else made
+
+
+def _fields(config: AdapterConfig) -> dict[str, Any]:
+    names = (n for n, f in type(config).__dataclass_fields__.items() if f.init)
+    return {n: getattr(config, n) for n in names if n != "peft_type"}

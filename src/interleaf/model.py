@@ -1,0 +1,278 @@
+"""The verbs of the field on a model: add, train, set, disable, delete, save, load, summarise adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from interleaf.adapter import AdapterConfig, as_config
+from interleaf.errors import AdapterError, BaseModelError
+from interleaf.slot import slots
+from interleaf.tuner import remove_empty_slots, task_head, teach_trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from interleaf.store import Adaptation
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What one adapter consists of; sizes count its head too."""
+
+    name: str
+    kind: str
+    active: bool
+    trains: bool
+    sites: int
+    adapter_parameters: int
+    head_parameters: int
+    base_parameters: int
+    size_bytes: int
+
+
+def adapt(model: M) -> M:
+    """Give a Hugging Face model the adapter verbs; the model, its weights and its names stay the same.
+
+    Returns:
+        the same object, whose class is now a subclass of its own.
+
+    Raises:
+        BaseModelError: the model is no Hugging Face model, or is wrapped already.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(model, AdaptedModel):
+        return model
+    if not isinstance(model, PreTrainedModel):
+        raise BaseModelError(
+            f"adapt() takes a Hugging Face model (a PreTrainedModel), not a {type(model).__name__}. "
+            "For a PeftModel use its own verbs; for any nn.Module use peft's inject_adapter_in_model."
+        )
+    teach_trainer(AdaptedModel)
+    model.__class__ = _adapted_class(type(model))
+    return model
+
+
+@functools.cache
+def _adapted_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    # the same name and module: configs, checkpoints and error messages go on naming the real class
+    body = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_base_cls": cls}
+    return type(cls.__name__, (AdaptedModel, cls), body)
+
+
+def _rebuild(cls: type[PreTrainedModel]) -> Any:
+    adapted = _adapted_class(cls)
+    return adapted.__new__(adapted)
+
+
+class AdaptedModel:
+    """The verbs, mixed into a model's class by `adapt`."""
+
+    _base_cls: Any
+    peft_config: dict[str, PeftConfig]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the subclass is made at run time: copies and pickles make it again from the real class
+        return _rebuild, (self._base_cls,), self.__dict__
+
+    @property
+    def adapters(self) -> Mapping[str, PeftConfig]:
+        """The configs of the model's adapters, by name."""
+        return self.__dict__.get("peft_config", {})
+
+    def add_adapter(self, name: Any, config: Any = "pfeiffer", **overrides: Any) -> None:
+        """Add a fresh adapter, the identity so far, and make it the active one.
+
+        Args:
+            name: how to call it. (transformers' order, `add_adapter(config, name)`, works too.)
+            config: a preset's name, an AdapterConfig, or any PEFT config.
+            overrides: settings that differ from the preset's.
+
+        Raises:
+            AdapterError: the name is taken.
+            ConfigError: an unknown preset or setting.
+            SiteError: the config matches no layer.
+        """
+        if isinstance(name, PeftConfig):
+            name, config = (config if config != "pfeiffer" else "default"), name
+        if name in self.adapters:
+            raise AdapterError(f"there is an adapter {name!r} already. Delete it first, or choose another name.")
+        config = config if _foreign(config) else as_config(config, **overrides)
+        config.base_model_name_or_path = self.__dict__.get("name_or_path") or None
+        self._inject(config, name)
+        self.set_adapter(name)
+
+    def _inject(self, config: PeftConfig, name: str) -> None:
+        before = dict(self.adapters)
+        if not before:
+            self.__dict__["_trained_before"] = [n for n, p in self._module.named_parameters() if p.requires_grad]
+        self._hf_peft_config_loaded = True
+        try:
+            inject_adapter_in_model(config, self, name)  # type: ignore[arg-type]
+        except Exception:
+            # the tuner writes its config down before it looks for sites
+            self.__dict__["peft_config"] = before
+            self._forget_if_empty()
+            raise
+
+    def train_adapter(self, name: str) -> None:
+        """Freeze everything but one adapter and the task's head, and make that adapter active."""
+        self.set_adapter(name)
+        for parameter in self._module.parameters():
+            parameter.requires_grad = False
+        for layer in self._adapter_layers():
+            layer.set_adapter(name)
+        self._module.train()
+
+    def set_adapter(self, name: str | list[str] | None) -> None:
+        """Make an adapter, or several in turn, the active one; None switches all off, as disable_adapter.
+
+        Raises:
+            AdapterError: an unknown name.
+        """
+        if name is None:
+            return self.disable_adapters()
+        names = [name] if isinstance(name, str) else list(name)
+        for one in names:
+            self._known(one)
+        for layer in self._adapter_layers():
+            # a head is one module: the last of several adapters brings its own
+            layer.set_adapter(names[-1] if isinstance(layer, AuxiliaryTrainingWrapper) else names)
+            layer._disable_adapters = False
+        return None
+
+    def disable_adapters(self) -> None:
+        """Switch all adapters off: the model is its base, bit for bit, until `enable_adapters`."""
+        for layer in self._adapter_layers():
+            layer.enable_adapters(False)
+
+    def enable_adapters(self) -> None:
+        """Switch the active adapters on again."""
+        for layer in self._adapter_layers():
+            layer.enable_adapters(True)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Switch all adapters off inside a `with` block; what trained before trains again after it."""
+        trained = {p: p.requires_grad for p in self._module.parameters()}
+        states = [(layer, layer._disable_adapters) for layer in self._adapter_layers()]
+        self.disable_adapters()
+        try:
+            yield
+        finally:
+            for layer, disabled in states:
+                layer._disable_adapters = disabled
+            for parameter, trains in trained.items():
+                parameter.requires_grad = trains
+
+    def active_adapters(self) -> list[str]:
+        """Return the names of the active adapters, in the order they run."""
+        layers = self._adapter_layers()
+        if not layers or layers[0]._disable_adapters:
+            return []
+        return list(layers[0].active_adapters)
+
+    def delete_adapter(self, name: str | list[str]) -> None:
+        """Delete adapters with their heads; with the last one the model is its base again.
+
+        Raises:
+            AdapterError: an unknown name.
+        """
+        from peft.functional import delete_adapter
+
+        for one in [name] if isinstance(name, str) else name:
+            prefix = f"{self._known(one).peft_type.lower()}_"
+            active = [a for a in self.active_adapters() if a != one]
+            if active:
+                self.set_adapter(active)
+            delete_adapter(self, adapter_name=one, prefix=prefix)
+            del self.peft_config[one]
+            remove_empty_slots(self._module)
+        self._forget_if_empty()
+
+    def _forget_if_empty(self) -> None:
+        if not self.adapters:
+            self.__dict__.pop("peft_config", None)
+            self._hf_peft_config_loaded = False
+            for name in self.__dict__.pop("_trained_before", []):
+                self._module.get_parameter(name).requires_grad = True
+
+    def save_adapter(self, path: str | Path, name: str, run: Adaptation | None = None, **options: Any) -> Path:
+        """Write one adapter and its head to a folder of its own; see `store.save`."""
+        from interleaf import store
+
+        return store.save(self, path, self._name(name), run, **options)
+
+    def load_adapter(self, path: str | Path, name: str | None = None, **options: Any) -> str:
+        """Read an adapter from a folder or the hub; an adapter of that name gets its weights; see `store.load`."""
+        from interleaf import store
+
+        return store.load(self, path, name or options.pop("adapter_name", None), **options)
+
+    def adapter_summary(self) -> list[AdapterSummary]:
+        """Describe every adapter of the model: kind, sites, parameters, bytes."""
+        own = {id(p) for s in slots(self._module) for p in s.parameters()}
+        heads = {id(p) for w in self._wrappers() for p in w.modules_to_save.parameters()}
+        base = sum(p.numel() for p in self._module.parameters() if id(p) not in own | heads)
+        return [self._summary(name, base) for name in self.adapters]
+
+    def _summary(self, name: str, base: int) -> AdapterSummary:
+        places = [s.adapters[name] for s in slots(self._module) if name in s.adapters]
+        weights = [p for place in places for p in place.parameters()]
+        head = [p for w in self._wrappers() if name in w.modules_to_save for p in w.modules_to_save[name].parameters()]
+        return AdapterSummary(
+            name=name,
+            kind=str(self.adapters[name].peft_type.value).lower(),
+            active=name in self.active_adapters(),
+            trains=any(p.requires_grad for p in weights),
+            sites=len(places),
+            adapter_parameters=sum(p.numel() for p in weights),
+            head_parameters=sum(p.numel() for p in head),
+            base_parameters=base,
+            size_bytes=sum(p.numel() * p.element_size() for p in weights + head),
+        )
+
+    @property
+    def _module(self) -> PreTrainedModel:
+        return self  # type: ignore[return-value]
+
+    def _wrappers(self) -> list[AuxiliaryTrainingWrapper]:
+        return [m for m in self._module.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+
+    def _adapter_layers(self) -> list[Any]:
+        return [m for m in self._module.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+
+    def _name(self, name: str) -> str:
+        self._known(name)
+        return name
+
+    def _known(self, name: str) -> PeftConfig:
+        if name not in self.adapters:
+            there = ", ".join(self.adapters) or "none"
+            raise AdapterError(f"there is no adapter {name!r} on this model. There are: {there}.")
+        return self.adapters[name]
+
+
+def _foreign(config: Any) -> bool:
+    return isinstance(config, PeftConfig) and not isinstance(config, AdapterConfig)
+
+
+def adapter_tensors(model: nn.Module, name: str) -> dict[str, Any]:
+    """Return one adapter's tensors, head included, under PEFT's names for files."""
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {k if k.startswith("base_model.model.") else f"base_model.model.{k}": v for k, v in tensors.items()}
+
+
+__all__ = ["AdaptedModel", "AdapterSummary", "adapt", "adapter_tensors", "task_head"]

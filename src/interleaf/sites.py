@@ -1,0 +1,237 @@
+"""Where adapters can go in any Transformer, read off the module tree: no table of models.
+
+A *site* is a module that writes into the residual stream, with the module that reads for it.
+Rules: blocks are the outermost lists of repeated layers; a block's sublayers are its children that hold
+linear maps; what a sublayer writes is its last linear map of the model's width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from interleaf.errors import SiteError
+
+POSITIONS = ("attention", "cross_attention", "ffn", "block")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place for an adapter: `write` is the module whose output it sees, `read` the one whose input."""
+
+    write: str
+    read: str
+    position: str
+    stack: str
+    layer: int
+    width: int
+
+
+@dataclass(frozen=True)
+class _Sublayer:
+    name: str
+    write: str
+    position: str
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Return the width of the residual stream as the model's config states it.
+
+    Raises:
+        SiteError: the model has no Hugging Face config that states one.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = getattr(text, "hidden_size", None)
+    if not isinstance(width, int):
+        raise SiteError(
+            f"{type(model).__name__} does not state its width: its config has no `hidden_size`. "
+            "Set `input_dim` in the adapter's config."
+        )
+    return width
+
+
+def find_sites(model: nn.Module, width: int | None = None) -> list[Site]:
+    """List every site of a model, stack by stack, layer by layer, in the order of computation.
+
+    Raises:
+        SiteError: no repeated layers with linear maps were found.
+    """
+    width = width or hidden_size(model)
+    found = [
+        site
+        for stack, blocks in _stacks(model)
+        for layer, (name, block) in enumerate(blocks)
+        for site in _block_sites(name, block, stack, layer, width)
+    ]
+    if not found:
+        raise SiteError(
+            f"no repeated layers were found in {type(model).__name__}. "
+            "Name the modules to adapt with `target_modules`."
+        )
+    return found
+
+
+def select_sites(
+    sites: Sequence[Site], positions: Sequence[str], layers: str | Sequence[int] = "all"
+) -> list[Site]:
+    """Keep the sites at the given positions and layers (`all`, `first:n`, `last:n` or a list), stack by stack.
+
+    Raises:
+        SiteError: a position or a layer that the model does not have, or nothing is left.
+    """
+    there = sorted({s.position for s in sites})
+    if missing := [p for p in positions if p not in there and p != "cross_attention"]:
+        raise SiteError(f"this model has no position {missing[0]!r}. It has: {', '.join(there)}.")
+    depth = {s.stack: 0 for s in sites}
+    for s in sites:
+        depth[s.stack] = max(depth[s.stack], s.layer + 1)
+    chosen = {stack: _layer_numbers(layers, n) for stack, n in depth.items()}
+    kept = [s for s in sites if s.position in positions and s.layer in chosen[s.stack]]
+    if not kept:
+        raise SiteError(f"positions {list(positions)} with layers {layers!r} match no site of this model.")
+    return kept
+
+
+def target_sites(model: nn.Module, targets: str | Sequence[str], width: int) -> list[Site]:
+    """Turn named modules (a regular expression or name endings) into sites: the escape hatch.
+
+    Raises:
+        SiteError: a name that matches no module.
+    """
+    names = [n for n, _ in model.named_modules() if n and ".adapter_slot" not in n]
+    if isinstance(targets, str):
+        hits = [n for n in names if re.fullmatch(targets, n)]
+        if not hits:
+            raise SiteError(f"target_modules={targets!r} matches no module of {type(model).__name__}.")
+    else:
+        hits = [n for n in names if any(n == t or n.endswith("." + t) for t in targets)]
+        unmatched = [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
+        if unmatched or not hits:
+            raise SiteError(f"target_modules: no module of {type(model).__name__} is named {unmatched!r}.")
+    return [Site(n, n, "target", "", i, width) for i, n in enumerate(hits)]
+
+
+def _layer_numbers(layers: str | Sequence[int], depth: int) -> set[int]:
+    if layers == "all":
+        return set(range(depth))
+    if isinstance(layers, str):
+        kind, _, count = layers.partition(":")
+        n = int(count) if count.isdigit() else 0
+        if kind not in ("first", "last") or not 1 <= n <= depth:
+            raise SiteError(
+                f"layers={layers!r}: expected 'all', 'first:n', 'last:n' or a list, n from 1 to {depth}."
+            )
+        return set(range(n)) if kind == "first" else set(range(depth - n, depth))
+    wrong = [i for i in layers if not -depth <= i < depth]
+    if wrong:
+        raise SiteError(f"layers={list(layers)}: there is no layer {wrong[0]}; they run from 0 to {depth - 1}.")
+    return {i % depth for i in layers}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tell whether a module is a linear map: nn.Linear, a quantised one, or GPT-2's Conv1D."""
+    weight = getattr(module, "weight", None)
+    return weight is not None and (hasattr(module, "out_features") or hasattr(module, "nf"))
+
+
+def _out_dim(module: nn.Module) -> int:
+    return int(getattr(module, "out_features", None) or module.nf)  # type: ignore[arg-type]
+
+
+def _linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    # an adapter's own maps are never part of the base: slots are skipped
+    return [(n, m) for n, m in module.named_modules() if is_linear(m) and "adapter_slot" not in n]
+
+
+def _weighty(module: nn.Module) -> bool:
+    """A child worth adapting holds linear maps, or is a mixer of raw parameters (fused experts)."""
+    return bool(_linears(module)) or _has_experts(module)
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return any(p.ndim == 3 and p.shape[0] > 1 for n, p in module.named_parameters() if "adapter_slot" not in n)
+
+
+def _stacks(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Module]]]]:
+    """Yield the outermost lists of repeated layers, each as its name and its named layers."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(outer) for outer in inside) or not isinstance(module, nn.ModuleList):
+            continue
+        if not _is_stack(module):
+            continue
+        inside.append(name + ".")
+        layers = [(f"{name}.{i}", layer) for i, layer in enumerate(module)]
+        yield name, [b for n, layer in layers for b in _descend(n, layer)]
+
+
+def _is_stack(layers: nn.ModuleList) -> bool:
+    same_class = len({type(layer) for layer in layers}) == 1
+    return len(layers) > 0 and same_class and all(len(_linears(layer)) >= 2 for layer in layers)
+
+
+def _descend(name: str, layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    """ALBERT keeps its layers in groups: a layer that is only a list of layers gives way to them."""
+    children = [(n, c) for n, c in layer.named_children() if _weighty(c)]
+    if len(children) == 1 and isinstance(children[0][1], nn.ModuleList) and _is_stack(children[0][1]):
+        list_name, items = children[0]
+        return [(f"{name}.{list_name}.{i}", item) for i, item in enumerate(items)]
+    return [(name, layer)]
+
+
+def _block_sites(name: str, block: nn.Module, stack: str, layer: int, width: int) -> Iterator[Site]:
+    for sub in _sublayers(name, block, width):
+        yield Site(sub.write, sub.name, sub.position, stack, layer, width)
+    yield Site(name, name, "block", stack, layer, width)
+
+
+def _sublayers(name: str, block: nn.Module, width: int) -> Iterator[_Sublayer]:
+    """Yield a block's sublayers; neighbours of one linear map each (fc1, fc2) are one feed-forward."""
+    pending: tuple[str, nn.Module] | None = None
+    for child_name, child in _block_children(name, block):
+        if len(_linears(child)) == 1 and not _has_experts(child):
+            if pending is None:
+                pending = (child_name, child)
+                continue
+            first, pending = pending[0], None
+            if (write := _write(child_name, child, width)) is not None:
+                yield _Sublayer(first, write, _position(first, block.get_submodule(first[len(name) + 1 :])))
+            continue
+        pending = None
+        if (write := _write(child_name, child, width)) is not None:
+            yield _Sublayer(child_name, write, _position(child_name, child))
+
+
+def _block_children(name: str, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for child_name, child in block.named_children():
+        if child_name == "adapter_slot" or not _weighty(child):
+            continue
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{child_name}.{i}", c) for i, c in enumerate(child) if _weighty(c))
+        else:
+            yield f"{name}.{child_name}", child
+
+
+def _write(name: str, child: nn.Module, width: int) -> str | None:
+    """Name the module whose output the child adds to the residual stream; None if it writes none."""
+    linears = _linears(child)
+    routed = any(isinstance(m, nn.ModuleList) and len(m) > 1 for m in child.modules())
+    if _has_experts(child) or routed:
+        return name
+    writers = [n for n, m in linears if _out_dim(m) == width]
+    if not writers:
+        return None
+    return f"{name}.{writers[-1]}" if writers[-1] else name
+
+
+def _position(name: str, child: nn.Module) -> str:
+    """Tell attention, cross-attention and feed-forward apart by the words their authors use."""
+    words = f"{name.rpartition('.')[2]} {type(child).__name__}".lower()
+    if "cross" in words or "encoder_attn" in words or "encdec" in words:
+        return "cross_attention"
+    mixers = ("att", "mixer", "conv", "recurrent", "rnn", "mamba", "ssm")
+    return "attention" if any(word in words for word in mixers) else "ffn"

@@ -1,0 +1,212 @@
+"""The only contact with PEFT's and transformers' internals: adapters as a genuine PEFT method.
+
+Written for peft 0.21 and transformers 5; `tests/test_tuner.py` fails loudly when they change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate import init_empty_weights
+from peft import PeftType
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
+from peft.utils.other import set_additional_trainable_modules
+from torch import Tensor, nn
+
+from interleaf.adapter import AdapterConfig
+from interleaf.errors import AdapterError
+from interleaf.sites import Site
+from interleaf.slot import SLOT, Slot, slots
+
+
+def register_kind(name: str, config_cls: type[AdapterConfig]) -> PeftType:
+    """Make a PEFT method of an adapter kind; returns its new PeftType.
+
+    PEFT refuses names outside its enum, and enums refuse new members, so one is put in by hand.
+    """
+    member = name.upper()
+    if member not in PeftType.__members__:
+        new = str.__new__(PeftType, member)
+        new._name_, new._value_ = member, member
+        PeftType._member_names_.append(member)
+        PeftType._member_map_[member] = new
+        PeftType._value2member_map_[member] = new
+    tuner = type(f"{name.title()}Tuner", (AdapterTuner,), {"prefix": f"{name}_"})
+    register_peft_method(name=name, config_cls=config_cls, model_cls=tuner)
+    return PeftType[member]
+
+
+class AdapterTuner(BaseTuner):
+    """Puts adapters of any kind into a model's slots."""
+
+    tuner_layer_cls = Slot
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Add an adapter at every site of its config. All that can fail is checked before a change is made.
+
+        Raises:
+            SiteError: the config matches no site.
+            AdapterError: a name that cannot be part of a parameter's name.
+        """
+        config = self.peft_config[adapter_name]
+        if "." in adapter_name or not adapter_name:
+            raise AdapterError(f"the adapter name {adapter_name!r} is empty or has a dot. Choose another.")
+        sites = config.sites(model)
+        context = init_empty_weights if low_cpu_mem_usage else contextlib.nullcontext
+        with context():
+            made = [(site, config.build(site)) for site in sites]
+        if config.modules_to_save is None:
+            config.modules_to_save = task_head(model) or None
+        kept = {} if not slots(model) else {p: p.requires_grad for p in model.parameters()}
+        for site, adapter in made:
+            slot_at(model, site).add(adapter_name, adapter, nearest_weight(model, site))
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._mark_only_adapters_as_trainable(model)
+        set_additional_trainable_modules(
+            model, config, self.get_model_config(self), adapter_name, adapter_name in self.active_adapters
+        )
+        for parameter, trains in kept.items():
+            parameter.requires_grad = trains
+        if getattr(model, "_hf_peft_config_loaded", False):
+            from interleaf.model import adapt
+
+            adapt(model)
+
+    def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError("adapters are put into slots by inject_adapter; no module is replaced")
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and its slots where it was the last."""
+        super().delete_adapter(adapter_name)
+        remove_empty_slots(self.model)
+
+    def unload(self) -> nn.Module:
+        """Take every adapter off and return the base as it was."""
+        strip(self.model)
+        return self.model
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refuse: a bottleneck has a non-linearity, so it cannot become part of a weight matrix.
+
+        Raises:
+            AdapterError: always.
+        """
+        raise AdapterError(
+            "bottleneck adapters cannot be merged into the base: they are not linear. "
+            "Keep them attached, or take them off with `unload()`."
+        )
+
+    merge_adapter = merge_and_unload
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT ignores `adapter_names` silently for a tuner without this method
+        if kwargs.get("adapter_names") is not None:
+            raise AdapterError(
+                "`adapter_names` (one adapter per row) is not supported yet. "
+                "Run the rows of each adapter as a batch of their own, after `set_adapter`."
+            )
+        yield
+
+
+def slot_at(model: nn.Module, site: Site) -> Slot:
+    """Return the slot at a site, made if there is none yet."""
+    existing = getattr(model.get_submodule(site.write), SLOT, None)
+    if existing is None:
+        return Slot(site, model)
+    if existing.site.read != site.read:
+        raise AdapterError(
+            f"{site.write} carries an adapter that reads {existing.site.read}, the new one reads {site.read}. "
+            "Use the same positions or target_modules for both."
+        )
+    return existing  # type: ignore[no-any-return]
+
+
+def nearest_weight(model: nn.Module, site: Site) -> Tensor | None:
+    """Return a weight of the base near a site: its device and float type are the adapter's."""
+    for name in (site.write, site.read, site.write.rpartition(".")[0], ""):
+        for key, parameter in model.get_submodule(name).named_parameters():
+            if SLOT not in key and parameter.is_floating_point():
+                return parameter
+    return None
+
+
+def task_head(model: nn.Module) -> list[str]:
+    """Name the modules of a model's task head: what stands outside the pretrained trunk.
+
+    A language-model head is pretrained, so it is no task head.
+    """
+    trunk = getattr(model, "base_model", None)
+    if trunk is None or trunk is model or not hasattr(model, "get_output_embeddings"):
+        return []
+    lm_head = model.get_output_embeddings()
+    return [
+        name
+        for name, child in model.named_children()
+        if child is not trunk
+        and any(True for _ in child.parameters())
+        and not (lm_head is not None and any(m is lm_head for m in child.modules()))
+    ]
+
+
+def remove_empty_slots(model: nn.Module) -> None:
+    """Take off the slots and head wrappers that hold no adapter any more."""
+    for slot in slots(model):
+        if not slot.adapters:
+            slot.remove(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper) and not getattr(module, "modules_to_save", None):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.original_module)
+
+
+def strip(model: nn.Module) -> None:
+    """Take every slot and every head wrapper off, whatever they hold."""
+    for slot in slots(model):
+        slot.adapters.clear()
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and hasattr(module, "modules_to_save"):
+            module.modules_to_save.clear()
+    remove_empty_slots(model)
+    model.__dict__.pop("peft_config", None)
+
+
+def teach_trainer(adapted_cls: type) -> None:
+    """Let the stock Trainer resume, and load the best of, models adapted without a PeftModel.
+
+    Its checkpoints of such models can be written but not read upstream, for LoRA too: it looks for a
+    whole model's weights. Ours are read by their own `load_adapter`.
+    """
+    from transformers import Trainer
+
+    if hasattr(Trainer, "_reads_adapters"):
+        return
+    load_checkpoint, load_best = Trainer._load_from_checkpoint, Trainer._load_best_model
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        model = self.model if model is None else model
+        if isinstance(model, adapted_cls):
+            model.load_adapter(resume_from_checkpoint, model.active_adapters()[0], is_trainable=True)
+        else:
+            load_checkpoint(self, resume_from_checkpoint, model)
+
+    def _load_best_model(self: Any) -> None:
+        if isinstance(self.model, adapted_cls):
+            best = self.state.best_model_checkpoint
+            self.model.load_adapter(best, self.model.active_adapters()[0], is_trainable=True)
+        else:
+            load_best(self)
+
+    Trainer._load_from_checkpoint, Trainer._load_best_model = _load_from_checkpoint, _load_best_model
+    Trainer._reads_adapters = True
