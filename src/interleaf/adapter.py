@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from peft import PeftConfig
@@ -132,12 +132,12 @@ def as_config(config: str | AdapterConfig, **overrides: Any) -> AdapterConfig:
         made = presets[config]
     else:
         raise ConfigError(f"there is no preset {config!r}. There are: {', '.join(sorted(presets))}.")
-    unknown = set(overrides) - set(type(made).__dataclass_fields__)
+    unknown = set(overrides) - {f.name for f in fields(made)}
     if unknown:
         raise ConfigError(f"unknown adapter setting {sorted(unknown)[0]!r} for {type(made).__name__}.")
     return type(made)(**{**_fields(made), **overrides}) if overrides else made
 
 
 def _fields(config: AdapterConfig) -> dict[str, Any]:
-    names = (n for n, f in type(config).__dataclass_fields__.items() if f.init)
-    return {n: getattr(config, n) for n in names if n != "peft_type"}
+    own = ("peft_type", "auto_mapping", "peft_version")
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.init and f.name not in own}
