@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from interleaf.errors import SiteError
 
@@ -115,6 +115,21 @@ def target_sites(model: nn.Module, targets: str | Sequence[str], width: int) -> 
     return [Site(n, n, "target", "", i, width) for i, n in enumerate(hits)]
 
 
+def stack_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the base's weights in its repeated layers and input embeddings, or all if it has no such layers.
+
+    Names start at the stack, so they are the same under every head and wrapper.
+    """
+    stacks = [(name, model.get_submodule(name)) for name, _ in _stacks(model)]
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)() if stacks else None
+    if embeddings is not None:
+        stacks.append(("embeddings", embeddings))
+    for name, module in stacks or [("", model)]:
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            if "adapter_slot" not in key and "modules_to_save" not in key:
+                yield f"{name.rpartition('.')[2]}.{key.replace('.base_layer', '')}", tensor
+
+
 def _layer_numbers(layers: str | Sequence[int], depth: int) -> set[int]:
     if layers == "all":
         return set(range(depth))
@@ -144,7 +159,7 @@ def _out_dim(module: nn.Module) -> int:
 
 def _linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
     # an adapter's own maps are never part of the base: slots are skipped
-    return [(n, m) for n, m in module.named_modules() if is_linear(m) and "adapter_slot" not in n]
+    return [(n, m) for n, m in module.named_modules() if "adapter_slot" not in n and is_linear(m)]
 
 
 def _weighty(module: nn.Module) -> bool:

@@ -55,6 +55,13 @@ class Slot(nn.Module, BaseTunerLayer):
             hook.remove()
         delattr(base.get_submodule(self.site.write), SLOT)
 
+    @property
+    def weight(self) -> Tensor:
+        """None: PEFT's layers show the weight of a layer they wrap, a slot wraps nothing."""
+        raise AttributeError("a slot has no weight")
+
+    bias = weight
+
     def _running(self) -> list[Adapter]:
         if self._disable_adapters:
             return []
