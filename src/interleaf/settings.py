@@ -1,0 +1,138 @@
+"""The settings of a run: one frozen dataclass for YAML, flags and code. It imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from interleaf.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """All that decides a run."""
+
+    base: str
+    """Pretrained model: a hub name, a folder, or bundled:NAME."""
+    train: str
+    """Training data: a file, a folder, a hub name, or bundled:NAME."""
+    out: str
+    """Folder that the adapter is written to."""
+    dev: str | None = None
+    """Held-out data; by default a stratified share of the training data."""
+    task: str = "classification"
+    """What is learnt."""
+    name: str = "adapter"
+    """Name of the adapter."""
+    adapter: str = "pfeiffer"
+    """Preset to start from."""
+    adapter_options: dict[str, Any] = field(default_factory=dict)
+    """Settings that differ from the preset's."""
+    text: str | None = None
+    """Column of the text; found if not given."""
+    text_pair: str | None = None
+    """Column of a second text."""
+    label: str | None = None
+    """Column of the label; found if not given."""
+    max_length: int = 128
+    """Longest input in tokens; longer texts are cut."""
+    epochs: float = 5
+    """Passes over the training data."""
+    batch_size: int = 32
+    """Rows a step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    warmup: float = 0.06
+    """Share of the steps (or, from 1 on, their number) with a rising learning rate."""
+    dev_fraction: float = 0.1
+    """Share of the training data held out when there is no dev data."""
+    limit: int | None = None
+    """Use only so many training rows, a stratified sample."""
+    seed: int = 0
+    """Seed of the split, the initialisation and the order of rows."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice to save memory."""
+    overwrite: bool = False
+    """Replace what is at `out`."""
+    resume: bool = False
+    """Continue an unfinished run."""
+
+    def __post_init__(self) -> None:
+        for name, low in (("epochs", 0), ("batch_size", 0), ("learning_rate", 0), ("max_length", 0)):
+            if not getattr(self, name) > low:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected more than {low}.")
+        if not 0 < self.dev_fraction < 1:
+            raise ConfigError(f"dev_fraction={self.dev_fraction}: expected between 0 and 1.")
+        if self.task != "classification":
+            raise ConfigError(f"task={self.task!r}: expected 'classification'.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the settings that describe the result, without those that only steer this machine."""
+        hidden = ("overwrite", "resume", "out")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in hidden}
+
+    def task_options(self) -> dict[str, Any]:
+        """Return what the task object is made with."""
+        return {n: getattr(self, n) for n in ("text", "text_pair", "label", "max_length")}
+
+
+def read_settings(path: str | Path | None, flags: Mapping[str, Any]) -> TrainSettings:
+    """Read a YAML config and lay the flags that were given over it.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key, a missing or mistyped value.
+    """
+    values = {**_read_yaml(path), **{k: v for k, v in flags.items() if v is not None}}
+    known = {f.name: f for f in fields(TrainSettings)}
+    if unknown := sorted(values.keys() - known.keys()):
+        raise ConfigError(f"unknown setting {unknown[0]!r}{_where(path)}. Known: {', '.join(known)}.")
+    needed = [n for n, f in known.items() if f.default is dataclasses.MISSING]
+    needed = [n for n in needed if known[n].default_factory is dataclasses.MISSING and n not in values]
+    if needed:
+        raise ConfigError(f"setting {needed[0]!r} is missing{_where(path)}: {_doc(needed[0])}")
+    return TrainSettings(**{k: _typed(k, v, str(known[k].type)) for k, v in values.items()})
+
+
+def _read_yaml(path: str | Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {path} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path} holds no settings (`key: value` lines).")
+    return values
+
+
+def _typed(name: str, value: Any, expected: str) -> Any:
+    """Check a value against its annotation; YAML reads 1e-3 as a string, so numbers may be text."""
+    if value is None and "None" in expected:
+        return None
+    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "dict": (dict,), "int": (int,)}
+    head = expected.split("[")[0].split(" ")[0]
+    try:
+        if head == "float" and not isinstance(value, bool):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    if head in kinds and isinstance(value, kinds[head]) and (head == "bool" or not isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{name}={value!r}: expected {head}.")
+
+
+def _where(path: str | Path | None) -> str:
+    return f" in {path}" if path else ""
+
+
+def _doc(name: str) -> str:
+    return {"base": "a pretrained model.", "train": "training data.", "out": "a folder for the adapter."}[name]

@@ -1,0 +1,260 @@
+"""Train one adapter on one task: a thin layer over the stock Hugging Face Trainer."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+import interleaf.adapters  # noqa: F401  (registers the kinds)
+from interleaf.adapter import AdapterConfig, as_config
+from interleaf.errors import ConfigError, StoreError, TrainingError
+from interleaf.files import refuse_existing
+from interleaf.model import AdaptedModel, AdapterSummary, adapt
+from interleaf.settings import TrainSettings
+from interleaf.sites import Site
+from interleaf.store import Adaptation
+from interleaf.tasks import TASKS
+from interleaf.tasks.base import Splits, Task
+
+CHECKPOINTS = ".checkpoints"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will train, where, and what it will need; known before it starts."""
+
+    base: str
+    task: str
+    labels: list[str]
+    train_rows: int
+    dev_rows: int
+    steps: int
+    sites: list[str]
+    adapter_parameters: int
+    head_parameters: int
+    base_parameters: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave."""
+
+    path: Path | None
+    metrics: dict[str, Any]
+    trained_parameters: int
+    seconds: float
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """A run with everything loaded and checked, ready to start."""
+
+    settings: TrainSettings
+    task: Task
+    model: Any
+    tokenizer: Any
+    splits: Splits
+
+    def plan(self) -> Plan:
+        """Say what will be trained, where, with how many parameters and how much memory."""
+        summary = self.summary()
+        steps = math.ceil(len(self.splits.train) / self.settings.batch_size) * self.settings.epochs
+        return Plan(
+            base=self.settings.base,
+            task=self.task.name,
+            labels=list(self.task.labels or []),
+            train_rows=len(self.splits.train),
+            dev_rows=len(self.splits.dev),
+            steps=math.ceil(steps),
+            sites=[s.write for s in self.sites()],
+            adapter_parameters=summary.adapter_parameters,
+            head_parameters=summary.head_parameters,
+            base_parameters=summary.base_parameters,
+            memory_bytes=self._memory_bytes(summary),
+        )
+
+    def summary(self) -> AdapterSummary:
+        """Describe the adapter that will be trained."""
+        return next(s for s in self.model.adapter_summary() if s.name == self.settings.name)
+
+    def sites(self) -> list[Site]:
+        """List the sites that will be trained."""
+        config = self.model.peft_config[self.settings.name]
+        return config.sites(self.model) if isinstance(config, AdapterConfig) else []
+
+    def _memory_bytes(self, summary: AdapterSummary) -> int:
+        """Estimate the peak: the base's weights, 16 bytes per trained one, and what backward keeps."""
+        config = self.model.config.get_text_config()
+        width, layers = config.hidden_size, getattr(config, "num_hidden_layers", 1)
+        tokens = self.settings.batch_size * min(self.settings.max_length, _longest(self.splits, self.tokenizer))
+        kept = 24 * tokens * width * layers * 4  # about 24 values of the model's width a token and layer
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return int(weights + 16 * (summary.adapter_parameters + summary.head_parameters) + kept)
+
+    def train(self, *callbacks: TrainerCallback) -> Result:
+        """Train, keep the best epoch, save the adapter.
+
+        Raises:
+            TrainingError: the loss became NaN or infinite; nothing was saved.
+        """
+        start = time.monotonic()
+        scratch = Path(self.settings.out + CHECKPOINTS)
+        trainer = fit(self.model, self.task, self.tokenizer, self.splits, self.settings, scratch, callbacks)
+        metrics = evaluate_splits(trainer, self.task)
+        self.model.peft_config[self.settings.name].base_model_name_or_path = self.settings.base
+        path = self.model.save_adapter(
+            self.settings.out,
+            self.settings.name,
+            Adaptation({"name": self.task.name, "state": self.task.state()}, self.settings.as_dict(), metrics),
+            tokenizer=self.tokenizer,
+            overwrite=self.settings.overwrite,
+        )
+        shutil.rmtree(scratch, ignore_errors=True)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return Result(path, metrics, trained, time.monotonic() - start, trainer.state.log_history)
+
+
+def prepare(settings: TrainSettings) -> Run:
+    """Load base and data, add the adapter, and check all that can be checked before a run.
+
+    Raises:
+        InterleafError: what is wrong, before anything was written.
+    """
+    refuse_existing(Path(settings.out), settings.overwrite)
+    _check_scratch(settings)
+    task = TASKS[settings.task](**settings.task_options())
+    splits = task.load(
+        settings.train, settings.dev, dev_fraction=settings.dev_fraction, seed=settings.seed, limit=settings.limit
+    )
+    set_seed(settings.seed)  # the head and the adapter start from the run's seed
+    tokenizer = task.tokenizer(settings.base)
+    model = adapt(task.model(settings.base))
+    model.add_adapter(settings.name, as_config(settings.adapter, **settings.adapter_options))
+    model.train_adapter(settings.name)
+    return Run(settings, task, model, tokenizer, splits)
+
+
+def _check_scratch(settings: TrainSettings) -> None:
+    scratch = Path(settings.out + CHECKPOINTS)
+    if scratch.exists() and not (settings.resume or settings.overwrite):
+        raise StoreError(f"{scratch} holds an unfinished run. Continue it with --resume, or drop it with --overwrite.")
+    if scratch.exists() and not settings.resume:
+        shutil.rmtree(scratch)
+    if settings.resume and not scratch.exists():
+        raise ConfigError(f"there is nothing to resume: {scratch} does not exist.")
+
+
+def fit(
+    model: AdaptedModel | Any,
+    task: Task,
+    tokenizer: Any,
+    splits: Splits,
+    settings: TrainSettings,
+    scratch: Path,
+    callbacks: tuple[TrainerCallback, ...] = (),
+) -> Trainer:
+    """Run the Trainer over whatever of `model` trains; its best epoch is loaded at the end."""
+    on_disk = isinstance(model, AdaptedModel) and bool(model.adapters)
+    arguments = training_arguments(settings, scratch, task.best_metric, keep=on_disk)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=task.encode(splits.train, tokenizer),
+        eval_dataset=task.encode(splits.dev, tokenizer),
+        data_collator=task.collator(tokenizer),
+        compute_metrics=task.compute_metrics,
+        callbacks=[StopOnNaN(), *callbacks],
+    )
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    last = get_last_checkpoint(str(scratch)) if settings.resume and scratch.exists() else None
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except OSError as error:
+        raise StoreError(f"{scratch} cannot be written: {error.strerror or error}.") from error
+    return trainer
+
+
+def training_arguments(settings: TrainSettings, scratch: Path, best: str, keep: bool) -> TrainingArguments:
+    """Turn settings into the Trainer's arguments; `keep` says whether checkpoints are written."""
+    return TrainingArguments(
+        output_dir=str(scratch),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=2 * settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type="linear",
+        train_sampling_strategy="group_by_length",
+        eval_strategy="epoch",
+        save_strategy="epoch" if keep else "no",
+        save_total_limit=2,
+        load_best_model_at_end=keep,
+        metric_for_best_model=best,
+        greater_is_better=True,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        seed=settings.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+
+
+def evaluate_splits(trainer: Trainer, task: Task) -> dict[str, Any]:
+    """Return the task's full metrics on the dev split."""
+    output = trainer.predict(trainer.eval_dataset)  # type: ignore[arg-type]
+    return task.report(np.asarray(output.label_ids), np.asarray(output.predictions))
+
+
+class StopOnNaN(TrainerCallback):
+    """Stops a run whose loss is no number any more, before such weights are written."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        for key in ("loss", "eval_loss"):
+            value = (logs or {}).get(key)
+            if value is not None and not math.isfinite(value):
+                raise TrainingError(
+                    f"the {key} became {value} at step {state.global_step}. Nothing was saved. "
+                    "Try a lower learning_rate, and look for odd rows in the data."
+                )
+
+
+def _longest(splits: Splits, tokenizer: Any) -> int:
+    texts = [t for column in splits.train.column_names if column.startswith("text") for t in splits.train[column]]
+    longest = max(texts, key=len, default="")
+    return len(tokenizer(longest, truncation=False)["input_ids"])
+
+
+def environment() -> dict[str, Any]:
+    """Return the versions and the hardware that figures depend on."""
+    import peft
+    import transformers
+
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "interleaf": interleaf.__version__,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+__all__ = ["Plan", "Result", "Run", "environment", "evaluate_splits", "fit", "prepare"]
