@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 import time
@@ -21,10 +22,10 @@ from interleaf.tuner import task_head
 BASE, DATA = "bundled:minilm", "bundled:movie-reviews"
 
 SENTENCES = [
-    "I laughed, I cried, and I would watch it again tomorrow.",
+    "An excellent and moving film with a wonderful cast.",
     "Two hours of my life that I will never get back.",
     "The plot is thin, yet the cast is so charming that it hardly matters.",
-    "A beautifully shot film with absolutely nothing to say.",
+    "A tired, lifeless sequel that nobody asked for.",
     "Not nearly as bad as everyone told me.",
 ]
 
@@ -71,7 +72,6 @@ def run(
         train=DATA,
         out=out,
         adapter="houlsby",
-        adapter_options={"bottleneck_dim": 48},
         limit=rows,
         epochs=epochs,
         seed=seed,
@@ -80,7 +80,8 @@ def run(
         overwrite=True,
     )
     say(f"1. The frozen base with a trained head ({BASE} on {rows:,} rows of {DATA}, seed {seed})")
-    head = _head_only(settings, callbacks())
+    # a linear head alone is convex: it wants, and gets, a higher learning rate
+    head = _head_only(dataclasses.replace(settings, learning_rate=1e-2), callbacks())
     say("2. The same with an adapter")
     made = prepare(settings)
     result = made.train(*callbacks())

@@ -34,7 +34,7 @@ class Opened:
         """
         rows = self.task.encode(self.task.load_one(data), self.tokenizer)
         loader = torch.utils.data.DataLoader(
-            rows,  # type: ignore[arg-type]
+            rows,
             batch_size=batch_size,
             collate_fn=self.task.collator(self.tokenizer),
         )

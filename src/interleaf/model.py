@@ -61,18 +61,19 @@ def adapt(model: M) -> M:
             "For a PeftModel use its own verbs; for any nn.Module use peft's inject_adapter_in_model."
         )
     teach_trainer(AdaptedModel)
-    model.__class__ = _adapted_class(type(model))
+    cls: Any = type(model)
+    model.__class__ = _adapted_class(cls)
     return model
 
 
 @functools.cache
-def _adapted_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _adapted_class(cls: Any) -> Any:
     # the same name and module: configs, checkpoints and error messages go on naming the real class
     body = {"__module__": cls.__module__, "__doc__": cls.__doc__, "_base_cls": cls}
     return type(cls.__name__, (AdaptedModel, cls), body)
 
 
-def _rebuild(cls: type[PreTrainedModel]) -> Any:
+def _rebuild(cls: Any) -> Any:
     adapted = _adapted_class(cls)
     return adapted.__new__(adapted)
 
@@ -120,7 +121,7 @@ class AdaptedModel:
             self.__dict__["_trained_before"] = [n for n, p in self._module.named_parameters() if p.requires_grad]
         self._hf_peft_config_loaded = True
         try:
-            inject_adapter_in_model(config, self, name)  # type: ignore[arg-type]
+            inject_adapter_in_model(config, self, name)
         except Exception:
             # the tuner writes its config down before it looks for sites
             self.__dict__["peft_config"] = before
@@ -246,7 +247,7 @@ class AdaptedModel:
 
     @property
     def _module(self) -> PreTrainedModel:
-        return self  # type: ignore[return-value]
+        return self
 
     def _wrappers(self) -> list[AuxiliaryTrainingWrapper]:
         return [m for m in self._module.modules() if isinstance(m, AuxiliaryTrainingWrapper)]

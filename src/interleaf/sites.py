@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ def hidden_size(model: nn.Module) -> int:
     Raises:
         SiteError: the model has no Hugging Face config that states one.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(text, "hidden_size", None)
     if not isinstance(width, int):
@@ -69,15 +70,12 @@ def find_sites(model: nn.Module, width: int | None = None) -> list[Site]:
     ]
     if not found:
         raise SiteError(
-            f"no repeated layers were found in {type(model).__name__}. "
-            "Name the modules to adapt with `target_modules`."
+            f"no repeated layers were found in {type(model).__name__}. Name the modules to adapt with `target_modules`."
         )
     return found
 
 
-def select_sites(
-    sites: Sequence[Site], positions: Sequence[str], layers: str | Sequence[int] = "all"
-) -> list[Site]:
+def select_sites(sites: Sequence[Site], positions: Sequence[str], layers: str | Sequence[int] = "all") -> list[Site]:
     """Keep the sites at the given positions and layers (`all`, `first:n`, `last:n` or a list), stack by stack.
 
     Raises:
@@ -137,9 +135,7 @@ def _layer_numbers(layers: str | Sequence[int], depth: int) -> set[int]:
         kind, _, count = layers.partition(":")
         n = int(count) if count.isdigit() else 0
         if kind not in ("first", "last") or not 1 <= n <= depth:
-            raise SiteError(
-                f"layers={layers!r}: expected 'all', 'first:n', 'last:n' or a list, n from 1 to {depth}."
-            )
+            raise SiteError(f"layers={layers!r}: expected 'all', 'first:n', 'last:n' or a list, n from 1 to {depth}.")
         return set(range(n)) if kind == "first" else set(range(depth - n, depth))
     wrong = [i for i in layers if not -depth <= i < depth]
     if wrong:
@@ -192,8 +188,8 @@ def _is_stack(layers: nn.ModuleList) -> bool:
 def _descend(name: str, layer: nn.Module) -> list[tuple[str, nn.Module]]:
     """ALBERT keeps its layers in groups: a layer that is only a list of layers gives way to them."""
     children = [(n, c) for n, c in layer.named_children() if _weighty(c)]
-    if len(children) == 1 and isinstance(children[0][1], nn.ModuleList) and _is_stack(children[0][1]):
-        list_name, items = children[0]
+    list_name, items = children[0] if len(children) == 1 else ("", layer)
+    if isinstance(items, nn.ModuleList) and _is_stack(items):
         return [(f"{name}.{list_name}.{i}", item) for i, item in enumerate(items)]
     return [(name, layer)]
 

@@ -33,7 +33,7 @@ class Slot(nn.Module, BaseTunerLayer):
         super().__init__()
         self.adapters = nn.ModuleDict()
         self.site = site
-        self._active_adapter = []
+        self._active_adapter: list[str] = []
         self._read: Tensor | None = None
         write, read = base.get_submodule(site.write), base.get_submodule(site.read)
         self._hooks = [
@@ -65,7 +65,7 @@ class Slot(nn.Module, BaseTunerLayer):
     def _running(self) -> list[Adapter]:
         if self._disable_adapters:
             return []
-        return [self.adapters[n] for n in self.active_adapters if n in self.adapters]  # type: ignore[misc]
+        return [self.adapters[n] for n in self.active_adapters if n in self.adapters]  # type: ignore[misc, union-attr]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         running = self._running()

@@ -66,7 +66,7 @@ def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:
     dtype = ""
     for name, tensor in stack_weights(model):
         shapes.update(f"{name}{tuple(tensor.shape)}".encode())
-        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         dtype = dtype or str(tensor.dtype).removeprefix("torch.")
     found = {
         "architecture": str(getattr(getattr(model, "config", None), "model_type", type(model).__name__)),
@@ -254,7 +254,7 @@ def _config(folder: Path) -> PeftConfig:
     if unknown := sorted(values.keys() - known):
         raise StoreError(f"{folder / CONFIG}: unknown setting {unknown[0]!r}; a newer version wrote it.")
     try:
-        return cls(**{k: v for k, v in values.items() if k in own})  # type: ignore[no-any-return]
+        return cls(**{k: v for k, v in values.items() if k in own})
     except (InterleafError, TypeError, ValueError) as error:
         raise StoreError(f"{folder / CONFIG}: {error}") from error
 

@@ -15,7 +15,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-import interleaf.adapters  # noqa: F401  (registers the kinds)
+import interleaf.adapters
 from interleaf.adapter import AdapterConfig, as_config
 from interleaf.errors import ConfigError, StoreError, TrainingError
 from interleaf.files import refuse_existing
@@ -218,7 +218,7 @@ def training_arguments(settings: TrainSettings, scratch: Path, best: str, keep: 
 
 def evaluate_splits(trainer: Trainer, task: Task) -> dict[str, Any]:
     """Return the task's full metrics on the dev split."""
-    output = trainer.predict(trainer.eval_dataset)  # type: ignore[arg-type]
+    output = trainer.predict(trainer.eval_dataset)
     return task.report(np.asarray(output.label_ids), np.asarray(output.predictions))
 
 

@@ -43,7 +43,7 @@ class AdapterTuner(BaseTuner):
     """Puts adapters of any kind into a model's slots."""
 
     tuner_layer_cls = Slot
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+    target_module_mapping: dict[str, list[str]] = {}
 
     def inject_adapter(
         self,
@@ -130,7 +130,7 @@ def slot_at(model: nn.Module, site: Site) -> Slot:
             f"{site.write} carries an adapter that reads {existing.site.read}, the new one reads {site.read}. "
             "Use the same positions or target_modules for both."
         )
-    return existing  # type: ignore[no-any-return]
+    return existing
 
 
 def nearest_weight(model: nn.Module, site: Site) -> Tensor | None:
@@ -142,7 +142,7 @@ def nearest_weight(model: nn.Module, site: Site) -> Tensor | None:
     return None
 
 
-def task_head(model: nn.Module) -> list[str]:
+def task_head(model: Any) -> list[str]:
     """Name the modules of a model's task head: what stands outside the pretrained trunk.
 
     A language-model head is pretrained, so it is no task head.
@@ -163,7 +163,7 @@ def task_head(model: nn.Module) -> list[str]:
 def remove_empty_slots(model: nn.Module) -> None:
     """Take off the slots and head wrappers that hold no adapter any more."""
     for slot in slots(model):
-        if not slot.adapters:
+        if len(slot.adapters) == 0:
             slot.remove(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper) and not getattr(module, "modules_to_save", None):
@@ -182,7 +182,7 @@ def strip(model: nn.Module) -> None:
     model.__dict__.pop("peft_config", None)
 
 
-def teach_trainer(adapted_cls: type) -> None:
+def teach_trainer(adapted_cls: Any) -> None:
     """Let the stock Trainer resume, and load the best of, models adapted without a PeftModel.
 
     Its checkpoints of such models can be written but not read upstream, for LoRA too: it looks for a

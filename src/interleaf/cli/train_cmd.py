@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from interleaf.train import Plan, Result
 
 
-
 @app.command(epilog="Example: interleaf train configs/classification.yaml --out out/movies --epochs 3")
 def train(
     config: Annotated[Path | None, typer.Argument(help="YAML file with settings; flags win over it.")] = None,
@@ -23,8 +22,12 @@ def train(
     train: Annotated[str | None, typer.Option(help="Training data: file, folder, hub name, bundled:NAME.")] = None,
     dev: Annotated[str | None, typer.Option(help="Held-out data; by default a share of the training data.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder for the adapter.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Preset: houlsby, pfeiffer, parallel, adapter_plus, textbook.")] = None,
-    set: Annotated[list[str] | None, typer.Option(help="Adapter setting as key=value, for example layers=last:3.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Preset: houlsby, pfeiffer, parallel, adapter_plus, textbook.")
+    ] = None,
+    set: Annotated[
+        list[str] | None, typer.Option(help="Adapter setting as key=value, for example layers=last:3.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the adapter.")] = None,
     text: Annotated[str | None, typer.Option(help="Column of the text; found if not given.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label; found if not given.")] = None,

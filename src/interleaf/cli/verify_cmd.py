@@ -24,4 +24,6 @@ def verify(
     if json:
         print_json({"adapter": adapter, "ok": True, "parameters": summary.adapter_parameters})
         return
-    print(f"ok: {adapter} is whole and fits its base ({summary.sites} sites, {summary.adapter_parameters:,} parameters)")
+    print(
+        f"ok: {adapter} is whole and fits its base ({summary.sites} sites, {summary.adapter_parameters:,} parameters)"
+    )

@@ -32,7 +32,7 @@ class Task(Protocol):
 
     name: ClassVar[str]
     best_metric: ClassVar[str]
-    labels: Sequence[str] | None
+    labels: list[str] | None
 
     def load(
         self, train: str, dev: str | None = None, *, dev_fraction: float = 0.1, seed: int = 0, limit: int | None = None
@@ -60,7 +60,9 @@ class Task(Protocol):
     def report(self, true: Any, scores: Any) -> dict[str, Any]:
         """Return all metrics."""
 
-    def predict(self, model: Any, tokenizer: Any, texts: Iterable[str], batch_size: int = 32) -> Iterator[dict[str, Any]]:
+    def predict(
+        self, model: Any, tokenizer: Any, texts: Iterable[str], batch_size: int = 32
+    ) -> Iterator[dict[str, Any]]:
         """Yield a prediction a text, in order."""
 
     def state(self) -> dict[str, Any]:

@@ -75,7 +75,10 @@ class TextClassification:
         data = read_rows(ref)
         label = find_column(data, self.label, LABEL_COLUMNS, "label")
         text = find_column(data, self.text, TEXT_COLUMNS, "text", [label])
-        columns = {"text": text, **({"text_pair": find_column(data, self.text_pair, (), "text_pair")} if self.text_pair else {})}
+        columns = {
+            "text": text,
+            **({"text_pair": find_column(data, self.text_pair, (), "text_pair")} if self.text_pair else {}),
+        }
         for column in [*columns.values(), label]:
             _no_gaps(data[column], column, ref)
         names = _label_names(data, label)
@@ -93,7 +96,9 @@ class TextClassification:
     def _known(self, rows: Dataset, names: Sequence[str], ref: str) -> Dataset:
         number = {label: i for i, label in enumerate(self.labels or [])}
         if strange := sorted(set(names) - number.keys()):
-            raise DataError(f"{ref} has the label {strange[0]!r}, which never occurs in the training data ({', '.join(number)}).")
+            raise DataError(
+                f"{ref} has the label {strange[0]!r}, which never occurs in the training data ({', '.join(number)})."
+            )
         return rows.add_column("labels", [number[name] for name in names])
 
     def _split(self, rows: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -168,7 +173,9 @@ class TextClassification:
         scores = scores[0] if isinstance(scores, tuple) else scores  # BART and T5 return states beside logits
         return classification_metrics(true, scores, self.labels or [])
 
-    def predict(self, model: Any, tokenizer: Any, texts: Iterable[str], batch_size: int = 32) -> Iterator[dict[str, Any]]:
+    def predict(
+        self, model: Any, tokenizer: Any, texts: Iterable[str], batch_size: int = 32
+    ) -> Iterator[dict[str, Any]]:
         """Yield label, probability and all probabilities for each text, in order."""
         import torch
 
