@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,10 @@ class AdaptedModel:
             self.__dict__["_trained_before"] = [n for n, p in self._module.named_parameters() if p.requires_grad]
         self._hf_peft_config_loaded = True
         try:
-            inject_adapter_in_model(config, self, name)
+            with warnings.catch_warnings():
+                # PEFT warns of a second adapter; here that is what was asked for
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                inject_adapter_in_model(config, self, name)
         except Exception:
             # the tuner writes its config down before it looks for sites
             self.__dict__["peft_config"] = before

