@@ -150,6 +150,7 @@ def test_it_moves_with_the_model(name: str, dtype: torch.dtype) -> None:
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, way: str) -> None:
     model = adapted(name, way, trained=True)
     model.train()
+
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
         torch.manual_seed(5)  # the same dropout each time

@@ -18,7 +18,7 @@ from torch import nn
 from interleaf.adapter import AdapterConfig, as_config
 from interleaf.errors import AdapterError, BaseModelError
 from interleaf.slot import slots
-from interleaf.tuner import remove_empty_slots, task_head, teach_trainer
+from interleaf.tuner import AdapterTuner, remove_empty_slots, task_head, teach_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -156,6 +156,9 @@ class AdaptedModel:
             # a head is one module: the last of several adapters brings its own
             layer.set_adapter(names[-1] if isinstance(layer, AuxiliaryTrainingWrapper) else names)
             layer._disable_adapters = False
+        for wrapper in self._wrappers():  # PEFT leaves the head of the adapter before trainable
+            for one, head in wrapper.modules_to_save.items():
+                head.requires_grad_(one == names[-1])
         return None
 
     def disable_adapters(self) -> None:
@@ -198,11 +201,11 @@ class AdaptedModel:
         from peft.functional import delete_adapter
 
         for one in [name] if isinstance(name, str) else name:
-            prefix = f"{self._known(one).peft_type.lower()}_"
+            self._known(one)
             active = [a for a in self.active_adapters() if a != one]
             if active:
                 self.set_adapter(active)
-            delete_adapter(self, adapter_name=one, prefix=prefix)
+            delete_adapter(self, adapter_name=one, prefix=AdapterTuner.prefix)
             del self.peft_config[one]
             remove_empty_slots(self._module)
         self._forget_if_empty()

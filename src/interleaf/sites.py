@@ -116,16 +116,21 @@ def target_sites(model: nn.Module, targets: str | Sequence[str], width: int) -> 
 def stack_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the base's weights in its repeated layers and input embeddings, or all if it has no such layers.
 
-    Names start at the stack, so they are the same under every head and wrapper.
+    Names start at the stack, and PEFT's wrappers are looked through, so they are the same under every head
+    and adapter.
     """
     stacks = [(name, model.get_submodule(name)) for name, _ in _stacks(model)]
     embeddings = getattr(model, "get_input_embeddings", lambda: None)() if stacks else None
     if embeddings is not None:
         stacks.append(("embeddings", embeddings))
     for name, module in stacks or [("", model)]:
+        wrapped = [f"{n}." if n else "" for n, m in module.named_modules() if hasattr(m, "base_layer") or hasattr(m, "original_module")]
         for key, tensor in module.state_dict(keep_vars=True).items():
-            if "adapter_slot" not in key and "modules_to_save" not in key:
-                yield f"{name.rpartition('.')[2]}.{key.replace('.base_layer', '')}", tensor
+            inside = [w for w in wrapped if key.startswith(w)]
+            own = any(not key.startswith((f"{w}base_layer.", f"{w}original_module.")) for w in inside)
+            if "adapter_slot" not in key and not own:
+                plain = key.replace("base_layer.", "").replace("original_module.", "")
+                yield f"{name.rpartition('.')[2]}.{plain}", tensor
 
 
 def _layer_numbers(layers: str | Sequence[int], depth: int) -> set[int]:

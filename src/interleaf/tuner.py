@@ -34,14 +34,16 @@ def register_kind(name: str, config_cls: type[AdapterConfig]) -> PeftType:
         PeftType._member_names_.append(member)
         PeftType._member_map_[member] = new
         PeftType._value2member_map_[member] = new
-    tuner = type(f"{name.title()}Tuner", (AdapterTuner,), {"prefix": f"{name}_"})
-    register_peft_method(name=name, config_cls=config_cls, model_cls=tuner)
+    tuner = type(f"{name.title()}Tuner", (AdapterTuner,), {})
+    register_peft_method(name=name, config_cls=config_cls, model_cls=tuner, prefix=AdapterTuner.prefix)
     return PeftType[member]
 
 
 class AdapterTuner(BaseTuner):
     """Puts adapters of any kind into a model's slots."""
 
+    # transformers' loader puts an adapter's name behind this part of a key
+    prefix = f"{SLOT}.adapters"
     tuner_layer_cls = Slot
     target_module_mapping: dict[str, list[str]] = {}
 
@@ -108,6 +110,11 @@ class AdapterTuner(BaseTuner):
         )
 
     merge_adapter = merge_and_unload
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # by its place in the slot: PEFT's own rule takes the name for a parameter's when it is followed by two parts
+        return key.replace(f".{SLOT}.adapters.{adapter_name}.", f".{SLOT}.adapters.")
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
