@@ -72,6 +72,7 @@ def run(
         train=DATA,
         out=out,
         adapter="houlsby",
+        adapter_options={"reduction_factor": 24},
         limit=rows,
         epochs=epochs,
         seed=seed,

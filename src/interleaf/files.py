@@ -29,16 +29,22 @@ def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         draft.chmod(0o755)
         _sync(draft)
         _replace(draft, target)
-    except OSError as error:
-        raise StoreError(f"{target} cannot be written: {error.strerror or error}. Nothing was changed.") from error
     except Exception as error:
-        # safetensors reports a full disk through an exception of its own
-        if "os error" in str(error).lower() or "i/o error" in str(error).lower():
-            raise StoreError(f"{target} cannot be written: {error}. Nothing was changed.") from error
+        if (reason := disk_trouble(error)) is not None:
+            raise StoreError(f"{target} cannot be written: {reason}. Nothing was changed.") from error
         raise
     finally:
         if draft is not None:
             shutil.rmtree(draft, ignore_errors=True)
+
+
+def disk_trouble(error: Exception) -> str | None:
+    """Return what the disk refused, or None: safetensors and torch wrap it in errors of their own."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    wrapped = ("os error", "i/o error", "pytorchstreamwriter", "inline_container")
+    text = " ".join(str(error).split())
+    return text if any(word in text.lower() for word in wrapped) else None
 
 
 def refuse_existing(target: Path, overwrite: bool = False) -> None:

@@ -195,6 +195,8 @@ class AdaptedModel:
     def delete_adapter(self, name: str | list[str]) -> None:
         """Delete adapters with their heads; with the last one the model is its base again.
 
+        When none of the others was active, none is afterwards: `set_adapter` chooses one.
+
         Raises:
             AdapterError: an unknown name.
         """
@@ -203,11 +205,13 @@ class AdaptedModel:
         for one in [name] if isinstance(name, str) else name:
             self._known(one)
             active = [a for a in self.active_adapters() if a != one]
-            if active:
-                self.set_adapter(active)
-            delete_adapter(self, adapter_name=one, prefix=AdapterTuner.prefix)
+            with warnings.catch_warnings():
+                # PEFT makes some other adapter the active one, with a warning; below is which
+                warnings.filterwarnings("ignore", ".* was active which is now deleted")
+                delete_adapter(self, adapter_name=one, prefix=AdapterTuner.prefix)
             del self.peft_config[one]
             remove_empty_slots(self._module)
+            self.set_adapter(active or None)
         self._forget_if_empty()
 
     def _forget_if_empty(self) -> None:

@@ -124,7 +124,11 @@ def stack_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if embeddings is not None:
         stacks.append(("embeddings", embeddings))
     for name, module in stacks or [("", model)]:
-        wrapped = [f"{n}." if n else "" for n, m in module.named_modules() if hasattr(m, "base_layer") or hasattr(m, "original_module")]
+        wrapped = [
+            f"{n}." if n else ""
+            for n, m in module.named_modules()
+            if hasattr(m, "base_layer") or hasattr(m, "original_module")
+        ]
         for key, tensor in module.state_dict(keep_vars=True).items():
             inside = [w for w in wrapped if key.startswith(w)]
             own = any(not key.startswith((f"{w}base_layer.", f"{w}original_module.")) for w in inside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -13,12 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 import interleaf.adapters
 from interleaf.adapter import AdapterConfig, as_config
 from interleaf.errors import ConfigError, StoreError, TrainingError
-from interleaf.files import refuse_existing
+from interleaf.files import disk_trouble, refuse_existing
 from interleaf.model import AdaptedModel, AdapterSummary, adapt
 from interleaf.settings import TrainSettings
 from interleaf.sites import Site
@@ -180,12 +180,32 @@ def fit(
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(str(scratch)) if settings.resume and scratch.exists() else None
+    last = last_whole_checkpoint(scratch) if settings.resume else None
     try:
         trainer.train(resume_from_checkpoint=last)
-    except OSError as error:
-        raise StoreError(f"{scratch} cannot be written: {error.strerror or error}.") from error
+    except TrainingError:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    except Exception as error:
+        if (reason := disk_trouble(error)) is not None:
+            raise StoreError(f"{scratch} cannot be written: {reason}. No adapter was saved.") from error
+        raise
     return trainer
+
+
+def last_whole_checkpoint(scratch: Path) -> str | None:
+    """Return the last checkpoint that was written to its end; a killed run can leave half of one."""
+    found = sorted(scratch.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    # the Trainer writes its state last
+    whole = [path for path in found if _is_json(path / "trainer_state.json")]
+    return str(whole[-1]) if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text("utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def training_arguments(settings: TrainSettings, scratch: Path, best: str, keep: bool) -> TrainingArguments:

@@ -13,8 +13,8 @@ from interleaf.cli.app import app, print_json, quiet, size, table
 @app.command(epilog="Example: interleaf demo --seed 1")
 def demo(
     out: Annotated[str, typer.Option(help="Folder for the adapter.")] = "out/demo",
-    rows: Annotated[int, typer.Option(help="Training rows.")] = 4000,
-    epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 4,
+    rows: Annotated[int, typer.Option(help="Training rows.")] = 3000,
+    epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 3,
     seed: Annotated[list[int] | None, typer.Option(help="Seeds to run; give several times for several.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
