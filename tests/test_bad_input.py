@@ -227,7 +227,7 @@ def test_a_save_that_fails_leaves_what_was_there(stored: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("interleaf.store.save_file", full)
-    with pytest.raises(StoreError, match="No space left on device. Nothing was changed"):
+    with pytest.raises(StoreError, match=r"No space left on device\. Nothing was changed"):
         model.save_adapter(stored, "a", overwrite=True)
     assert {p.name: p.read_bytes() for p in stored.iterdir()} == before
     assert [p.name for p in stored.parent.iterdir()] == ["a"]
