@@ -33,6 +33,8 @@ class Opened:
             DataError: the data is not of the form the adapter was trained on.
         """
         rows = self.task.encode(self.task.load_one(data), self.tokenizer)
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        rows = rows.select(sorted(range(len(rows)), key=lengths.__getitem__))  # little padding in a batch
         loader = torch.utils.data.DataLoader(
             rows,
             batch_size=batch_size,
