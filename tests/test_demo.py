@@ -11,7 +11,7 @@ from interleaf import demo
 
 @pytest.mark.slow
 def test_the_adapter_is_clearly_above_the_head_alone(tmp_path: Path) -> None:
-    found = demo.run(seed=1, rows=1000, epochs=2, out=str(tmp_path / "demo"), callbacks=lambda: ())
+    found = demo.run(seed=1, rows=3000, epochs=3, out=str(tmp_path / "demo"), callbacks=lambda: ())
     head, adapter = found.arms
     assert adapter.accuracy > head.accuracy + 0.03
     assert adapter.f1_macro > head.f1_macro + 0.03
