@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
 
 import interleaf
-from interleaf import cli
+from interleaf import bundled, cli
 from interleaf.errors import StoreError
 from tests.zoo import build, logits, randomise
 
@@ -35,6 +36,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
     def check(*words: object) -> str:
         before = sorted(str(p) for p in tmp_path.rglob("*"))
+        capsys.readouterr()
         assert run(monkeypatch, *words) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1, lines
@@ -193,6 +195,19 @@ def test_tensors_that_do_not_fit(stored: Path, checksum: str) -> None:
         if checksum == "absent":
             record.write_text(json.dumps(described))
         refuse_load("bert", stored, "corrupt" if checksum == "kept" else said)
+
+
+def test_another_base_on_the_command_line(
+    refused: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, reviews: Path
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    assert run(monkeypatch, "train", *FAST, "--train", reviews, "--out", out) == 0
+    model = AutoModel.from_pretrained(bundled.resolve("bundled:minilm"))
+    randomise(model)
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(bundled.resolve("bundled:minilm")).save_pretrained(other)
+    line = refused("evaluate", out, reviews, "--base", other)
+    assert "out was made for another base: other pretrained weights. Load that base first." in line
 
 
 def test_a_corrupt_adapter_on_the_command_line(refused: Any, stored: Path) -> None:

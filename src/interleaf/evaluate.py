@@ -14,7 +14,7 @@ from interleaf import store
 from interleaf.errors import StoreError
 from interleaf.model import adapt
 from interleaf.tasks import TASKS
-from interleaf.tasks.base import Task
+from interleaf.tasks.base import Task, shortest_first
 
 
 @dataclass
@@ -32,9 +32,7 @@ class Opened:
         Raises:
             DataError: the data is not of the form the adapter was trained on.
         """
-        rows = self.task.encode(self.task.load_one(data), self.tokenizer)
-        lengths = [len(ids) for ids in rows["input_ids"]]
-        rows = rows.select(sorted(range(len(rows)), key=lengths.__getitem__))  # little padding in a batch
+        rows = shortest_first(self.task.encode(self.task.load_one(data), self.tokenizer))
         loader = torch.utils.data.DataLoader(
             rows,
             batch_size=batch_size,

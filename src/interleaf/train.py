@@ -24,7 +24,7 @@ from interleaf.settings import TrainSettings
 from interleaf.sites import Site
 from interleaf.store import Adaptation
 from interleaf.tasks import TASKS
-from interleaf.tasks.base import Splits, Task
+from interleaf.tasks.base import Splits, Task, shortest_first
 
 CHECKPOINTS = ".checkpoints"
 
@@ -172,7 +172,7 @@ def fit(
         model=model,
         args=arguments,
         train_dataset=task.encode(splits.train, tokenizer),
-        eval_dataset=task.encode(splits.dev, tokenizer),
+        eval_dataset=shortest_first(task.encode(splits.dev, tokenizer)),
         data_collator=task.collator(tokenizer),
         compute_metrics=task.compute_metrics,
         callbacks=[StopOnNaN(), *callbacks],
@@ -220,7 +220,8 @@ def training_arguments(settings: TrainSettings, scratch: Path, best: str, keep: 
         warmup_steps=settings.warmup,
         lr_scheduler_type="linear",
         train_sampling_strategy="group_by_length",
-        eval_strategy="epoch",
+        # without checkpoints there is no best epoch to choose: the last is measured, once
+        eval_strategy="epoch" if keep else "no",
         save_strategy="epoch" if keep else "no",
         save_total_limit=2,
         load_best_model_at_end=keep,
