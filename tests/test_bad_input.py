@@ -230,7 +230,7 @@ def test_a_disk_that_refuses(tmp_path: Path, reviews: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, env=environment, check=False)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "cannot be written" in done.stderr.strip().splitlines()[-1]
-    assert not (tmp_path / "out").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["reviews.csv"]
 
 
 def test_a_save_that_fails_leaves_what_was_there(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:

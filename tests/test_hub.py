@@ -66,7 +66,7 @@ def test_an_adapter_is_pushed_and_loaded_by_its_name(hub: Path, stored: tuple[Pa
 
 def test_what_the_hub_refuses_is_said_in_one_line(hub: Path, stored: tuple[Path, Any]) -> None:
     path, _ = stored
-    with pytest.raises(StoreError, match="the hub did not take .* as stranger/a: 403 Forbidden"):
+    with pytest.raises(StoreError, match=r"the hub did not take .* as stranger/a: 403 Forbidden"):
         push_to_hub(path, "stranger/a")
     with pytest.raises(StoreError, match=r"me/none is no folder here and could not be fetched from the hub: 404"):
         interleaf.adapt(build("bert")).load_adapter("me/none")

@@ -188,7 +188,11 @@ def fit(
         raise
     except Exception as error:
         if (reason := disk_trouble(error)) is not None:
-            raise StoreError(f"{scratch} cannot be written: {reason}. No adapter was saved.") from error
+            kept = last_whole_checkpoint(scratch)
+            if kept is None:
+                shutil.rmtree(scratch, ignore_errors=True)
+            then = "Nothing was saved." if kept is None else "Make room, then go on with --resume."
+            raise StoreError(f"{scratch} cannot be written: {reason}. {then}") from error
         raise
     return trainer
 
