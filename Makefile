@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help demo test test-slow lint clean
 
 help:
-	@echo "make demo       train an adapter on real movie reviews, some minutes on two cores"
+	@echo "make demo       train an adapter on real movie reviews, about three minutes on two cores"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that train real models for minutes"
 	@echo "make lint       ruff and mypy"
