@@ -114,13 +114,11 @@ def test_lora_lives_on_the_same_model(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(fresh), lora)
 
 
-def test_merging_and_per_row_adapters_are_refused_clearly() -> None:
+def test_merging_is_refused_clearly() -> None:
     model = get_peft_model(build("bert"), BottleneckConfig())
     for verb in (model.merge_and_unload, model.merge_adapter):
         with pytest.raises(AdapterError, match="cannot be merged"):
             verb()
-    with pytest.raises(AdapterError, match="one adapter per row"):
-        logits(model.eval(), adapter_names=["default", "default"])
 
 
 def test_names_are_checked() -> None:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interleaf.adapter import Adapter, AdapterConfig, register_adapter
-    from interleaf.adapters import Bottleneck, BottleneckConfig
+    from interleaf.adapters import Bottleneck, BottleneckConfig, Fusion, FusionConfig
+    from interleaf.compose import Average, BatchSplit, Fuse, Parallel, Split, Stack
     from interleaf.errors import InterleafError
     from interleaf.model import AdaptedModel, AdapterSummary, adapt
     from interleaf.sites import Site, find_sites
@@ -25,10 +26,18 @@ _HOME = {
     "Adapter": "adapter",
     "AdapterConfig": "adapter",
     "AdapterSummary": "model",
+    "Average": "compose",
+    "BatchSplit": "compose",
     "Bottleneck": "adapters",
     "BottleneckConfig": "adapters",
+    "Fuse": "compose",
+    "Fusion": "adapters",
+    "FusionConfig": "adapters",
     "InterleafError": "errors",
+    "Parallel": "compose",
     "Site": "sites",
+    "Split": "compose",
+    "Stack": "compose",
     "adapt": "model",
     "find_sites": "sites",
     "register_adapter": "adapter",
@@ -40,10 +49,18 @@ __all__ = [
     "Adapter",
     "AdapterConfig",
     "AdapterSummary",
+    "Average",
+    "BatchSplit",
     "Bottleneck",
     "BottleneckConfig",
+    "Fuse",
+    "Fusion",
+    "FusionConfig",
     "InterleafError",
+    "Parallel",
     "Site",
+    "Split",
+    "Stack",
     "adapt",
     "find_sites",
     "register_adapter",

@@ -5,6 +5,7 @@ Axes: `B` batch, `T` tokens, `D` width of the model, `R` bottleneck.
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -27,6 +28,8 @@ class AdapterConfig(PeftConfig):
     """Layers of each stack to adapt: all, first:n, last:n, or a list of numbers."""
     target_modules: str | list[str] | None = None
     """Modules to adapt by name instead: name endings, or one regular expression."""
+    tokens: str = "all"
+    """Tokens to adapt: all, or of the prompt first:n, last:n, or both as first:n,last:n."""
     input_dim: int | None = None
     """Width of the model; read from its config when not given."""
 
@@ -38,6 +41,8 @@ class AdapterConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = self.registered_as
+        if not re.fullmatch(r"all|(first|last):[1-9]\d*(,(first|last):[1-9]\d*)*", self.tokens):
+            raise ConfigError(f"tokens={self.tokens!r}: expected 'all', 'first:n', 'last:n' or 'first:n,last:n'.")
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Return the sites of `model` this config adapts.
@@ -59,11 +64,23 @@ class Adapter(nn.Module):
     """A function of what a site reads and what it writes.
 
     `reads` says whether the adapter needs `x`; `before` whether it changes the layer's input
-    instead of its output.
+    instead of its output; `tokens` which tokens it changes; `composition` what a fusion fuses.
     """
 
     reads: bool = False
     before: bool = False
+    tokens: str = "all"
+    composition: Any = None
+    observed: dict[str, Tensor] | None = None
+
+    def observe(self, name: str, value: Tensor) -> None:
+        """Show an inner quantity, such as a gate, to whoever looks (`AdaptedModel.observe`)."""
+        if self.observed is not None:
+            self.observed[name] = value.detach()
+
+    def penalty(self) -> Tensor | None:
+        """Return a term of the training loss, or None."""
+        return None
 
     @abstractmethod
     def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
@@ -103,7 +120,7 @@ def register_adapter(name: str, presets: dict[str, dict[str, Any]] | None = None
 
     Args:
         name: the kind's name in lower case; also its PEFT type.
-        presets: named settings of this kind.
+        presets: named settings of this kind; by default one, of the kind's name.
     """
 
     def register(config_cls: C) -> C:
@@ -112,7 +129,7 @@ def register_adapter(name: str, presets: dict[str, dict[str, Any]] | None = None
         if name in Registry.kinds:
             raise ConfigError(f"the adapter kind {name!r} is registered already. Choose another name.")
         config_cls.registered_as = register_kind(name, config_cls)
-        Registry.kinds[name] = Kind(name, config_cls, presets or {name: {}})
+        Registry.kinds[name] = Kind(name, config_cls, {name: {}} if presets is None else presets)
         return config_cls
 
     return register

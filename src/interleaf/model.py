@@ -8,15 +8,18 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from interleaf.adapter import AdapterConfig, as_config
+from interleaf.adapter import Adapter, AdapterConfig, as_config
+from interleaf.compose import Stack, head_of, leaves, parse, trained_names, width
 from interleaf.errors import AdapterError, BaseModelError
+from interleaf.forward import Running, repeat
+from interleaf.sites import layer_numbers
 from interleaf.slot import slots
 from interleaf.tuner import AdapterTuner, remove_empty_slots, task_head, teach_trainer
 
@@ -132,34 +135,120 @@ class AdaptedModel:
             self._forget_if_empty()
             raise
 
-    def train_adapter(self, name: str) -> None:
-        """Freeze everything but one adapter and the task's head, and make that adapter active."""
-        self.set_adapter(name)
+    def train_adapter(self, setup: Any, within: Any = None) -> None:
+        """Freeze everything but the named adapters and their task heads, and make them active.
+
+        Args:
+            setup: a name, or a composition: all its adapters train, but of a fusion only the fusion itself.
+            within: the composition that runs, if it is more than `setup`: `train_adapter("task", "stack(lang, task)")`.
+
+        Raises:
+            AdapterError: an unknown name, or one that does not run.
+        """
+        node = self._setup(setup)
+        self.set_adapter(node if within is None else within)
+        trained = trained_names(node)
+        if idle := [name for name in trained if name not in self.active_adapters()]:
+            raise AdapterError(f"adapter {idle[0]!r} is to be trained but does not run in {within}.")
         for parameter in self._module.parameters():
             parameter.requires_grad = False
         for layer in self._adapter_layers():
-            layer.set_adapter(name)
+            names = ("modules_to_save",) if isinstance(layer, AuxiliaryTrainingWrapper) else layer.adapter_layer_names
+            for part in names:
+                for name, weights in getattr(layer, part, {}).items():
+                    weights.requires_grad_(name in trained)
         self._module.train()
 
-    def set_adapter(self, name: str | list[str] | None) -> None:
-        """Make an adapter, or several in turn, the active one; None switches all off, as disable_adapter.
+    def set_adapter(self, setup: Any, skip_layers: str | list[int] | None = None) -> None:
+        """Make adapters the active ones; None switches all off, as disable_adapters.
+
+        Args:
+            setup: a name, a list of names (one after the other), or a composition, also in its text form:
+                `stack(a, b)`, `fuse`, `parallel`, `split`, `batch_split`, `average`.
+            skip_layers: layers that run without adapters (AdapterDrop): first:n, last:n, or a list.
 
         Raises:
             AdapterError: an unknown name.
+            ConfigError: no composition, or one that cannot run.
         """
-        if name is None:
+        if setup is None:
             return self.disable_adapters()
-        names = [name] if isinstance(name, str) else list(name)
-        for one in names:
-            self._known(one)
+        node = self._setup(setup)
+        names = leaves(node)
         for layer in self._adapter_layers():
-            # a head is one module: the last of several adapters brings its own
-            layer.set_adapter(names[-1] if isinstance(layer, AuxiliaryTrainingWrapper) else names)
             layer._disable_adapters = False
-        for wrapper in self._wrappers():  # PEFT leaves the head of the adapter before trainable
-            for one, head in wrapper.modules_to_save.items():
-                head.requires_grad_(one == names[-1])
+            if isinstance(layer, BaseTunerLayer):
+                layer.set_adapter(names)
+                continue
+            # one head for the whole batch; rows of several adapters get theirs in `forward.Running`
+            head = head_of(node, layer.modules_to_save)
+            layer.set_adapter([head] if head else [])
+            for one, weights in layer.modules_to_save.items():  # PEFT leaves the head of the adapter before trainable
+                weights.requires_grad_(one == head)
+        if (running := self._running) is not None:
+            running.activate(node, self._layers(skip_layers))
         return None
+
+    def _setup(self, setup: Any) -> Any:
+        """Read a setup and check every name and rule of it."""
+        node = parse(setup) if isinstance(setup, str) else Stack(*setup) if isinstance(setup, list | tuple) else setup
+        if isinstance(node, Stack) and len(node.children) == 1:
+            node = node.children[0]
+        names = leaves(node)
+        for name in names:
+            self._known(name)
+        width(node)
+        plain = isinstance(node, str) or (type(node) is Stack and names == list(node.children))
+        if not plain and (foreign := [name for name in names if _foreign(self.adapters[name])]):
+            raise AdapterError(
+                f"{foreign[0]!r} is a method of PEFT's own: it can be stacked by name, but not in {node}."
+            )
+        return node
+
+    def _layers(self, layers: str | list[int] | None) -> frozenset[int]:
+        running = self._running
+        if layers is None or running is None:
+            return frozenset()
+        return frozenset(layer_numbers(layers, 1 + max(slot.site.layer for slot in running.slots)))
+
+    @property
+    def _running(self) -> Running | None:
+        return next((slot.running for slot in slots(self._module)), None)
+
+    def generate(self, *args: Any, adapter_names: list[Any] | None = None, **kwargs: Any) -> Any:
+        """Generate as the model does; `adapter_names` gives each row its own adapter, `""` the base."""
+        base: Any = super()
+        running = self._running
+        if running is None:
+            if adapter_names is not None:
+                raise AdapterError("adapter_names: the model has no adapters of this package.")
+            return base.generate(*args, **kwargs)
+        with running.generation(adapter_names):
+            if (copies := running.copies()) > 1:
+                args = tuple(repeat(a, copies) for a in args)
+                kwargs = {k: repeat(v, copies) for k, v in kwargs.items()}
+            return base.generate(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def observe(self) -> Iterator[dict[tuple[str, str], dict[str, Any]]]:
+        """Collect what adapters show of themselves inside a `with` block: gates, routers, fusion attentions.
+
+        Yields:
+            by (adapter, site): the quantities by name, of the last forward pass.
+        """
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        watched: list[Adapter] = []
+        for slot in slots(self._module):
+            for name, adapter in cast("dict[str, Adapter]", slot.adapters).items():
+                adapter.observed = found.setdefault((name, slot.site.write), {})
+                watched.append(adapter)
+        try:
+            yield found
+        finally:
+            for adapter in watched:
+                adapter.observed = None
+            for key in [key for key, seen in found.items() if not seen]:
+                del found[key]
 
     def disable_adapters(self) -> None:
         """Switch all adapters off: the model is its base, bit for bit, until `enable_adapters`."""
@@ -190,7 +279,14 @@ class AdaptedModel:
         layers = self._adapter_layers()
         if not layers or layers[0]._disable_adapters:
             return []
-        return list(layers[0].active_adapters)
+        running = self._running
+        return leaves(running.node) if running is not None else list(layers[0].active_adapters)
+
+    @property
+    def active_setup(self) -> Any:
+        """The composition that runs: a name, a `Composition`, or `""` for the base."""
+        running = self._running
+        return running.node if running is not None and self.active_adapters() else ""
 
     def delete_adapter(self, name: str | list[str]) -> None:
         """Delete adapters with their heads; with the last one the model is its base again.
@@ -204,6 +300,8 @@ class AdaptedModel:
 
         for one in [name] if isinstance(name, str) else name:
             self._known(one)
+            if fused := [n for n, c in self.adapters.items() if one in _children(c)]:
+                raise AdapterError(f"adapter {one!r} is a part of the fusion {fused[0]!r}. Delete the fusion first.")
             active = [a for a in self.active_adapters() if a != one]
             with warnings.catch_warnings():
                 # PEFT makes some other adapter the active one, with a warning; below is which
@@ -279,6 +377,10 @@ class AdaptedModel:
 
 def _foreign(config: Any) -> bool:
     return isinstance(config, PeftConfig) and not isinstance(config, AdapterConfig)
+
+
+def _children(config: PeftConfig) -> list[str]:
+    return [name for child in getattr(config, "children", []) for name in leaves(parse(child))]
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def select_sites(sites: Sequence[Site], positions: Sequence[str], layers: str | 
     depth = {s.stack: 0 for s in sites}
     for s in sites:
         depth[s.stack] = max(depth[s.stack], s.layer + 1)
-    chosen = {stack: _layer_numbers(layers, n) for stack, n in depth.items()}
+    chosen = {stack: layer_numbers(layers, n) for stack, n in depth.items()}
     kept = [s for s in sites if s.position in positions and s.layer in chosen[s.stack]]
     if not kept:
         raise SiteError(f"positions {list(positions)} with layers {layers!r} match no site of this model.")
@@ -110,7 +110,19 @@ def target_sites(model: nn.Module, targets: str | Sequence[str], width: int) -> 
         unmatched = [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
         if unmatched or not hits:
             raise SiteError(f"target_modules: no module of {type(model).__name__} is named {unmatched!r}.")
-    return [Site(n, n, "target", "", i, width) for i, n in enumerate(hits)]
+    stacks = list(_stacks(model))
+    return [_target(n, stacks, width) for n in hits]
+
+
+def _target(name: str, stacks: list[tuple[str, list[tuple[str, nn.Module]]]], width: int) -> Site:
+    """Make a site of a module; outside all layers it has layer -1 of the stack it is nearest to."""
+    for stack, blocks in stacks:
+        for layer, (block, _) in enumerate(blocks):
+            if f"{name}.".startswith(f"{block}."):
+                return Site(name, name, "target", stack, layer, width)
+    parts = name.split(".")
+    nearest = max((s for s, _ in stacks), key=lambda s: _shared(s.split("."), parts), default="")
+    return Site(name, name, "target", nearest, -1, width)
 
 
 def stack_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -137,7 +149,21 @@ def stack_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name.rpartition('.')[2]}.{plain}", tensor
 
 
-def _layer_numbers(layers: str | Sequence[int], depth: int) -> set[int]:
+def _shared(left: list[str], right: list[str]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def stack_names(model: nn.Module) -> list[str]:
+    """Name the lists of repeated layers of a model."""
+    return [name for name, _ in _stacks(model)]
+
+
+def layer_numbers(layers: str | Sequence[int], depth: int) -> set[int]:
+    """Turn `all`, `first:n`, `last:n` or a list into layer numbers.
+
+    Raises:
+        SiteError: a layer that is not there.
+    """
     if layers == "all":
         return set(range(depth))
     if isinstance(layers, str):

@@ -13,10 +13,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from interleaf.adapter import Adapter
+from interleaf.compose import Stack, expand, leaves, prune
 from interleaf.errors import SiteError
+from interleaf.forward import Running
+from interleaf.interpret import run
 from interleaf.sites import Site
 
 SLOT = "adapter_slot"
+_NOTHING = object()  # no composition has been planned for
 
 
 class Slot(nn.Module, BaseTunerLayer):
@@ -25,21 +29,28 @@ class Slot(nn.Module, BaseTunerLayer):
     Args:
         site: where it is.
         base: the model that the site is in.
+        running: what all slots of the model share.
     """
 
     adapter_layer_names = ("adapters",)
 
-    def __init__(self, site: Site, base: nn.Module) -> None:
+    def __init__(self, site: Site, base: nn.Module, running: Running) -> None:
         super().__init__()
         self.adapters = nn.ModuleDict()
         self.site = site
+        self.running = running
         self._active_adapter: list[str] = []
         self._read: Tensor | None = None
+        self._planned: Any = _NOTHING
+        self._before_plan: Any = ""
+        self._after_plan: Any = ""
+        self._reads = False
         write, read = base.get_submodule(site.write), base.get_submodule(site.read)
         self._hooks = [
             read.register_forward_pre_hook(self._before, with_kwargs=True),
             write.register_forward_hook(self._after),
         ]
+        running.slots.append(self)
         write.add_module(SLOT, self)
 
     def add(self, name: str, adapter: Adapter, like: Tensor | None) -> None:
@@ -48,11 +59,13 @@ class Slot(nn.Module, BaseTunerLayer):
             dtype = like.dtype if like.dtype.is_floating_point and like.element_size() > 1 else None
             adapter.to(device=like.device, dtype=dtype)
         self.adapters[name] = adapter
+        self.replan()
 
     def remove(self, base: nn.Module) -> None:
         """Take the slot and its hooks off the base."""
         for hook in self._hooks:
             hook.remove()
+        self.running.slots.remove(self)
         delattr(base.get_submodule(self.site.write), SLOT)
 
     @property
@@ -62,22 +75,54 @@ class Slot(nn.Module, BaseTunerLayer):
 
     bias = weight
 
-    def _running(self) -> list[Adapter]:
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, one after the other; PEFT's verb."""
+        super().set_adapter(adapter_names, inference_mode)
+        names: list[str] = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.running.activate(names[0] if len(names) == 1 else Stack(*names) if names else "")
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter of this site; PEFT's verb."""
+        super().delete_adapter(adapter_name)
+        self.replan()
+
+    def replan(self) -> None:
+        """Work the plan out anew when next it is needed."""
+        self._planned = _NOTHING
+
+    def _plan(self) -> None:
+        """Work out once for each composition what of it runs at this site, before and after the layer."""
+        node = self._planned = self.running.current
+        if self.site.layer in self.running.skip_layers:
+            node = ""
+        kinds: dict[str, Any] = dict(self.adapters.items())
+        node = expand(node, {n: a.composition for n, a in kinds.items() if a.composition is not None})
+        self._before_plan = prune(node, lambda n: n in kinds and kinds[n].before)
+        self._after_plan = prune(node, lambda n: n in kinds and not kinds[n].before)
+        self._reads = any(kinds[n].reads for n in leaves(self._after_plan))
+
+    def _idle(self) -> bool:
         if self._disable_adapters:
-            return []
-        return [self.adapters[n] for n in self.active_adapters if n in self.adapters]  # type: ignore[misc, union-attr]
+            return True
+        if self.running.current is not self._planned:
+            self._plan()
+        return not (self._before_plan or self._after_plan)
+
+    def _run(self, plan: Any, x: Tensor | None, y: Tensor) -> Tensor:
+        if isinstance(plan, str):
+            adapter: Adapter = self.adapters[plan]  # type: ignore[assignment]
+            if adapter.tokens == "all":
+                changed: Tensor = adapter(x, y)
+                return changed
+        return run(plan, self.adapters, x, y, self.running.places[self.site.stack])  # type: ignore[arg-type]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        running = self._running()
-        if not running:
+        if self._idle() or not (self._before_plan or self._reads):
             return None
         place = _residual_place(args, kwargs, self.site)
         x: Tensor = kwargs[place] if isinstance(place, str) else args[place]
-        changed = x
-        for adapter in running:
-            if adapter.before:
-                changed = adapter(None, changed)
-        if any(adapter.reads for adapter in running):
+        changed = self._run(self._before_plan, None, x) if self._before_plan else x
+        if self._reads:
             self._read = changed
         if changed is x:
             return None
@@ -86,13 +131,10 @@ class Slot(nn.Module, BaseTunerLayer):
         return (*args[:place], changed, *args[place + 1 :]), kwargs
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        running = self._running()
-        if not running:
+        if self._idle() or not self._after_plan:
             return None
         y: Tensor = output if isinstance(output, Tensor) else output[0]
-        for adapter in running:
-            if not adapter.before:
-                y = adapter(self._read if adapter.reads else None, y)
+        y = self._run(self._after_plan, self._read, y)
         self._read = None
         if isinstance(output, Tensor):
             return y

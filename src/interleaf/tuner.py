@@ -17,8 +17,10 @@ from peft.utils.other import set_additional_trainable_modules
 from torch import Tensor, nn
 
 from interleaf.adapter import AdapterConfig
+from interleaf.compose import Fuse
 from interleaf.errors import AdapterError
-from interleaf.sites import Site
+from interleaf.forward import Running
+from interleaf.sites import Site, stack_names
 from interleaf.slot import SLOT, Slot, slots
 
 
@@ -68,16 +70,24 @@ class AdapterTuner(BaseTuner):
         context = init_empty_weights if low_cpu_mem_usage else contextlib.nullcontext
         with context():
             made = [(site, config.build(site)) for site in sites]
+        for _, adapter in made:
+            adapter.tokens = config.tokens
+            if adapter.composition is not None:
+                adapter.composition = Fuse(*adapter.composition.children, name=adapter_name)
+        running = running_of(model)
         if config.modules_to_save is None:
             config.modules_to_save = task_head(model) or None
         kept = {} if not slots(model) else {p: p.requires_grad for p in model.parameters()}
         for site, adapter in made:
-            slot_at(model, site).add(adapter_name, adapter, nearest_weight(model, site))
+            slot_at(model, site, running).add(adapter_name, adapter, nearest_weight(model, site))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._mark_only_adapters_as_trainable(model)
         set_additional_trainable_modules(
             model, config, self.get_model_config(self), adapter_name, adapter_name in self.active_adapters
         )
+        for wrapper in model.modules():
+            if isinstance(wrapper, AuxiliaryTrainingWrapper):
+                running.watch_head(wrapper)
         for parameter, trains in kept.items():
             parameter.requires_grad = trains
         if getattr(model, "_hf_peft_config_loaded", False):
@@ -118,20 +128,25 @@ class AdapterTuner(BaseTuner):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PEFT ignores `adapter_names` silently for a tuner without this method
-        if kwargs.get("adapter_names") is not None:
-            raise AdapterError(
-                "`adapter_names` (one adapter per row) is not supported yet. "
-                "Run the rows of each adapter as a batch of their own, after `set_adapter`."
-            )
-        yield
+        # PEFT's entry for `adapter_names`, in forward and in generate
+        with running_of(self.model).generation(kwargs.get("adapter_names")):
+            yield
 
 
-def slot_at(model: nn.Module, site: Site) -> Slot:
+def running_of(model: nn.Module) -> Running:
+    """Return what the slots of a model share, made if there is none yet."""
+    for slot in slots(model):
+        return slot.running
+    return Running(model)
+
+
+def slot_at(model: nn.Module, site: Site, running: Running) -> Slot:
     """Return the slot at a site, made if there is none yet."""
     existing = getattr(model.get_submodule(site.write), SLOT, None)
     if existing is None:
-        return Slot(site, model)
+        if site.stack not in running.places:
+            running.watch(model, site.stack, stack_names(model))
+        return Slot(site, model, running)
     if existing.site.read != site.read:
         raise AdapterError(
             f"{site.write} carries an adapter that reads {existing.site.read}, the new one reads {site.read}. "
@@ -169,9 +184,12 @@ def task_head(model: Any) -> list[str]:
 
 def remove_empty_slots(model: nn.Module) -> None:
     """Take off the slots and head wrappers that hold no adapter any more."""
-    for slot in slots(model):
+    held = slots(model)
+    for slot in held:
         if len(slot.adapters) == 0:
             slot.remove(model)
+    if held and not held[0].running.slots:
+        held[0].running.remove()
     for name, module in list(model.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper) and not getattr(module, "modules_to_save", None):
             parent, _, child = name.rpartition(".")

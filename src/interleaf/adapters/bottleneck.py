@@ -160,7 +160,9 @@ class Bottleneck(Adapter):
         if self.norm_after is not None:
             h = self.norm_after(h)
         if self.gate is not None:
-            h = h * torch.sigmoid(self.gate(z))
+            gate = torch.sigmoid(self.gate(z))
+            self.observe("gate", gate)
+            h = h * gate
         return h if self.dropout is None else self.dropout(h)
 
     def forward(self, x: Tensor | None, y: Tensor) -> Tensor:

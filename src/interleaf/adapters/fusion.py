@@ -1,0 +1,105 @@
+"""AdapterFusion: attention over what several adapters change, learned in a second stage.
+
+Pfeiffer et al. 2021 (arXiv 2005.00247).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from interleaf.adapter import Adapter, AdapterConfig, register_adapter
+from interleaf.compose import Fuse, leaves, parse
+from interleaf.errors import ConfigError, SiteError
+from interleaf.sites import Site
+from interleaf.slot import slots
+
+
+@register_adapter("fusion", {})
+@dataclass
+class FusionConfig(AdapterConfig):
+    """A fusion of adapters that are on the model already; it sits wherever one of them does."""
+
+    children: list[str] = field(default_factory=list)
+    """The adapters to fuse: names, or compositions in their text form."""
+    value: bool = True
+    """Map what the adapters change with a value matrix, the identity at first (dynamic); without it: static."""
+    regularization: float = 0.01
+    """Weight of the squared distance of the value matrix from the identity in the training loss."""
+    dropout: float = 0.0
+    """Dropout on the attention's scores while training."""
+    temperature: float = 1.0
+    """Divisor of the attention's scores."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature={self.temperature}: expected more than 0.")
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """Return every site where one of the children has an adapter.
+
+        Raises:
+            SiteError: no children are named, or one of them is not on the model.
+        """
+        names = {name for child in self.children for name in leaves(parse(child))}
+        there = slots(model)
+        missing = sorted(name for name in names if not any(name in slot.adapters for slot in there))
+        if missing or len(self.children) < 2:
+            said = f"there is no adapter {missing[0]!r}" if missing else "name two children or more"
+            raise SiteError(f"fusion of {self.children}: {said}. Add or load the adapters first, then fuse them.")
+        return [slot.site for slot in there if any(name in slot.adapters for name in names)]
+
+    def build(self, site: Site) -> Adapter:
+        return Fusion(site.width, self)
+
+
+class Fusion(Adapter):
+    """`y' = y + sum_n softmax_n(query(y) . key(c_n) / t) value(c_n)` over the changes `c_n` of the children.
+
+    Args:
+        width: width D of the model.
+        config: the fusion's settings.
+    """
+
+    def __init__(self, width: int, config: FusionConfig) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width, bias=False) if config.value else None
+        for linear in (self.query, self.key):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+        if self.value is not None:
+            nn.init.eye_(self.value.weight)
+        self.dropout = nn.Dropout(config.dropout)
+        self.temperature = config.temperature
+        self.regularization = config.regularization
+        self.composition = Fuse(*(parse(child) for child in config.children), name="?")
+
+    def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
+        """Return the new `y`.
+
+        Args:
+            x: what the children change, shape [B, T, N, D].
+            y: what the site writes, shape [B, T, D].
+        """
+        if x is None:
+            raise ConfigError("a fusion runs over its children's changes; it has no input of its own.")
+        dtype = self.query.weight.dtype
+        changes = x.to(dtype)
+        scores = (self.key(changes) @ self.query(y.to(dtype)).unsqueeze(-1)).squeeze(-1)
+        attention = torch.softmax(self.dropout(scores) / self.temperature, dim=-1)
+        self.observe("attention", attention)
+        values = changes if self.value is None else self.value(changes)
+        return y + (attention.unsqueeze(-2) @ values).squeeze(-2).to(y.dtype)
+
+    def penalty(self) -> Tensor | None:
+        """Return the regularisation term: the value matrix's squared distance from the identity, weighted."""
+        if self.value is None or not self.regularization:
+            return None
+        weight = self.value.weight
+        identity = torch.eye(weight.shape[0], device=weight.device, dtype=weight.dtype)
+        return self.regularization * (weight - identity).pow(2).sum()
