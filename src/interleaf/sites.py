@@ -8,11 +8,13 @@ linear maps; what a sublayer writes is its last linear map of the model's width.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from interleaf.errors import SiteError
 
@@ -47,6 +49,10 @@ def hidden_size(model: nn.Module) -> int:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = getattr(text, "hidden_size", None)
+    if not isinstance(width, int) and config is not None:
+        # some state another name only: then it is what most maps of the layers end in
+        ends = Counter(_out_dim(m) for _, blocks in _stacks(model) for _, block in blocks for _, m in _linears(block))
+        width = ends.most_common(1)[0][0] if ends else None
     if not isinstance(width, int):
         raise SiteError(
             f"{type(model).__name__} does not state its width: its config has no `hidden_size`. "
@@ -204,7 +210,7 @@ def _has_experts(module: nn.Module) -> bool:
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Module]]]]:
     """Yield the outermost lists of repeated layers, each as its name and its named layers."""
-    inside: list[str] = []
+    inside = [f"{tower}." for tower in _other_towers(model)]
     for name, module in model.named_modules():
         if any(name.startswith(outer) for outer in inside) or not isinstance(module, nn.ModuleList):
             continue
@@ -215,9 +221,24 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Module]]
         yield name, [b for n, layer in layers for b in _descend(n, layer)]
 
 
+def _other_towers(model: nn.Module) -> Iterator[str]:
+    """Name the parts of a multimodal model that have a config of their own beside the text's: vision, audio."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if text is config:
+        return
+    kept = [type(part) for part in (config, text, getattr(config, "encoder", None))]
+    for name, module in model.named_modules():
+        own = getattr(module, "config", None)
+        if name and hasattr(own, "to_dict") and type(own) not in kept:
+            yield name
+
+
 def _is_stack(layers: nn.ModuleList) -> bool:
-    same_class = len({type(layer) for layer in layers}) == 1
-    return len(layers) > 0 and same_class and all(len(_linears(layer)) >= 2 for layer in layers)
+    """Tell whether a list holds layers: of one class, or each made to be checkpointed, as in hybrid models."""
+    alike = len({type(layer) for layer in layers}) == 1 and not isinstance(layers[0], nn.ModuleList)
+    alike = alike or (len(layers) > 1 and all(isinstance(layer, GradientCheckpointingLayer) for layer in layers))
+    return alike and all(len(_linears(layer)) >= 2 for layer in layers)
 
 
 def _descend(name: str, layer: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -271,7 +292,10 @@ def _write(name: str, child: nn.Module, width: int) -> str | None:
     writers = [n for n, m in linears if _out_dim(m) == width]
     if not writers:
         return None
-    return f"{name}.{writers[-1]}" if writers[-1] else name
+    # the shallowest: what lies deeper (an indexer, a norm's map) serves the sublayer, not the residual stream
+    depth = min(n.count(".") for n in writers)
+    last = [n for n in writers if n.count(".") == depth][-1]
+    return f"{name}.{last}" if last else name
 
 
 def _position(name: str, child: nn.Module) -> str:

@@ -108,13 +108,34 @@ class Slot(nn.Module, BaseTunerLayer):
             self._plan()
         return not (self._before_plan or self._after_plan)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Pass on what is given: where a slot is a child of an `nn.Sequential`, it is called in turn."""
+        return x
+
     def _run(self, plan: Any, x: Tensor | None, y: Tensor) -> Tensor:
+        if y.shape[-1] != self.site.width:
+            return self._run_streams(plan, x, y)
+        if x is not None and x.shape != y.shape and x.numel() == y.numel():
+            x = x.reshape(y.shape)  # experts flatten the batch
         if isinstance(plan, str):
             adapter: Adapter = self.adapters[plan]  # type: ignore[assignment]
             if adapter.tokens == "all":
                 changed: Tensor = adapter(x, y)
                 return changed
         return run(plan, self.adapters, x, y, self.running.places[self.site.stack])  # type: ignore[arg-type]
+
+    def _run_streams(self, plan: Any, x: Tensor | None, y: Tensor) -> Tensor:
+        """Hyper-connections carry several residual streams side by side: each passes the adapter.
+
+        Raises:
+            SiteError: a width that is no multiple of the model's.
+        """
+        width = self.site.width
+        if y.shape[-1] % width:
+            raise SiteError(f"{self.site.write} is {y.shape[-1]} wide, the model {width}: choose other positions.")
+        streams = y.unflatten(-1, (-1, width))
+        x = x.unflatten(-1, (-1, width)) if x is not None and x.shape == y.shape else x
+        return self._run(plan, x, streams).flatten(-2)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._idle() or not (self._before_plan or self._reads):
@@ -153,7 +174,7 @@ def adapter_is_real(adapter: nn.Module) -> bool:
 
 def _with_first(output: Any, y: Tensor) -> Any:
     if isinstance(output, tuple):
-        return (y, *output[1:])
+        return type(output)(y, *output[1:]) if hasattr(output, "_fields") else (y, *output[1:])
     if isinstance(output, list):
         return [y, *output[1:]]
     first = next(iter(output))  # a ModelOutput: its first field is the hidden state
@@ -164,10 +185,10 @@ def _with_first(output: Any, y: Tensor) -> Any:
 def _residual_place(args: tuple[Any, ...], kwargs: dict[str, Any], site: Site) -> int | str:
     """Find the argument that carries the residual stream: the first tensor of the model's width."""
     for i, value in enumerate(args):
-        if isinstance(value, torch.Tensor) and value.shape[-1] == site.width:
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[-1] % site.width == 0:
             return i
     for name, value in kwargs.items():
-        if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[-1] == site.width:
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[-1] % site.width == 0:
             return name
     raise SiteError(
         f"{site.read}: none of its inputs has the model's width {site.width}, so there is nothing to read. "

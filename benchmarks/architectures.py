@@ -1,0 +1,278 @@
+"""Adapters on every text architecture of transformers: what works is written to docs/architectures.md.
+
+    python benchmarks/architectures.py            # all types, some minutes
+    python benchmarks/architectures.py bert t5    # these only, printed
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import signal
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import peft
+import torch
+import transformers
+
+import interleaf
+from interleaf import BottleneckConfig
+from interleaf.sites import find_sites
+
+if __package__:
+    from benchmarks import tiny_models
+else:
+    import tiny_models
+
+PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
+LIMIT_S = 240
+SMOOTH: dict[str, Any] = {"bottleneck_dim": 4, "activation": "gelu"}
+
+
+def ways(positions: list[str]) -> dict[str, BottleneckConfig]:
+    """The four ways in: serial and parallel at every sublayer, skip and parallel around the block."""
+    inner = [p for p in positions if p != "block"]
+    found = {
+        "skip": BottleneckConfig(connection="skip", positions=["block"], **SMOOTH),
+        "block": BottleneckConfig(connection="parallel", positions=["block"], **SMOOTH),
+    }
+    if inner:
+        found["serial"] = BottleneckConfig(positions=inner, **SMOOTH)
+        found["parallel"] = BottleneckConfig(connection="parallel", positions=inner, **SMOOTH)
+    return found
+
+
+def logits_of(model: Any, given: dict[str, Any]) -> torch.Tensor:
+    torch.manual_seed(0)  # hashing attention draws its buckets
+    out = model(**given)
+    found = out.logits if getattr(out, "logits", None) is not None else out[0]
+    return found[0] if isinstance(found, tuple) else found
+
+
+def logits(model: Any, given: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return logits_of(model, given)
+
+
+def randomise(model: Any) -> None:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".adapter_slot." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+
+
+def check_identity(model: Any, given: dict[str, Any], before: torch.Tensor) -> None:
+    if not torch.equal(logits(model, given), before):
+        raise AssertionError("a fresh adapter is not the identity")
+
+
+def check_gradients(model: Any, given: dict[str, Any], before: torch.Tensor) -> None:
+    model.train_adapter("a")
+    model.eval()
+    randomise(model)
+    out = logits_of(model, given).float()
+    if torch.equal(out, before):
+        raise AssertionError("the adapter changes nothing")
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    named = [(n, p) for n, p in model.named_parameters() if ".adapter_slot." in n]
+    dead = sorted({n.split(".adapter_slot.")[0] for n, p in named if p.grad is None or not p.grad.abs().sum() > 0})
+    if dead:
+        raise AssertionError(f"no gradient at {len(dead)} sites, the first is {dead[0]}")
+    leaked = [n for n, p in model.named_parameters() if p.grad is not None and not p.requires_grad]
+    if leaked:
+        raise AssertionError(f"a gradient in the base: {leaked[0]}")
+
+
+def check_off(model: Any, given: dict[str, Any], before: torch.Tensor) -> None:
+    with model.disable_adapter():
+        if not torch.equal(logits(model, given), before):
+            raise AssertionError("switched off it is not the base")
+
+
+def check_store(model: Any, given: dict[str, Any], kind: str, weights: dict[str, Any]) -> None:
+    after = logits(model, given)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_adapter(f"{folder}/a", "a")
+        fresh = tiny_models.build(kind)[0]
+        fresh.load_state_dict(weights)  # some leave weights as they find them in memory
+        interleaf.adapt(fresh)
+        fresh.load_adapter(f"{folder}/a")
+    if not torch.equal(logits(fresh, given), after):
+        raise AssertionError("loaded it gives other logits")
+
+
+def check_cache(model: Any, given: dict[str, Any]) -> None:
+    """Cached generation gives the logits of uncached generation as closely as the base's own does."""
+    if not model.can_generate():
+        return
+    gap, base_gap = generation_gap(model, given), 0.0
+    if gap > 1e-4:
+        with model.disable_adapter():
+            base_gap = generation_gap(model, given)
+    if gap > max(1e-4, 10 * base_gap):
+        raise AssertionError(f"cached generation differs from uncached by {gap:.1e}, the base's own by {base_gap:.1e}")
+
+
+def generation_gap(model: Any, given: dict[str, Any]) -> float:
+    asked = {k: v for k, v in given.items() if not k.startswith("decoder")}
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    try:
+        cached, uncached = (model.generate(**asked, **options, use_cache=use) for use in (True, False))
+    except Exception:
+        with model.disable_adapter():
+            try:
+                for use in (True, False):
+                    model.generate(**asked, **options, use_cache=use)
+            except Exception:
+                return 0.0  # the base cannot generate from text with its default settings either
+        raise
+    pairs = zip(cached.logits, uncached.logits, strict=True)
+    return max(float((left - right).abs().max()) for left, right in pairs)
+
+
+def check_type(kind: str) -> dict[str, Any]:
+    """Run every check on a type; returns its row: class, sites, and yes or the reason for each way."""
+    signal.alarm(LIMIT_S)
+    row: dict[str, Any] = {"kind": kind, "model": "", "plain": "yes", "ways": {}}
+    try:
+        model, given = tiny_models.build(kind)
+        row["model"] = type(model).__name__
+        logits(model, given)
+    except Exception as error:
+        row["plain"] = reason(error)
+        return row
+    try:
+        positions = sorted({site.position for site in find_sites(model)})
+        row["positions"] = positions
+        todo = ways(positions)
+    except Exception as error:
+        row["ways"]["sites"] = reason(error)
+        return row
+    for way, config in todo.items():
+        try:
+            check_way(kind, config)
+            row["ways"][way] = "yes"
+        except Exception as error:
+            row["ways"][way] = reason(error)
+            row["trace"] = traceback.format_exc()
+    return row
+
+
+def check_way(kind: str, config: BottleneckConfig) -> None:
+    model, given = tiny_models.build(kind)
+    before, names = logits(model, given), [n for n, _ in model.named_modules()]
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    interleaf.adapt(model).add_adapter("a", config)
+    check_identity(model, given, before)
+    check_gradients(model, given, before)
+    check_off(model, given, before)
+    check_store(model, given, kind, weights)
+    check_cache(model, given)
+    model.delete_adapter("a")
+    left = model.state_dict()
+    if [n for n, _ in model.named_modules()] != names or not all(torch.equal(left[k], v) for k, v in weights.items()):
+        raise AssertionError("deleted, it leaves something behind")
+    if not torch.equal(logits(model, given), before):
+        raise AssertionError("deleted, the model is not its base")
+
+
+def reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def prepare() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+
+
+def run_all(kinds: Iterable[str], report: Callable[[dict[str, Any]], None]) -> list[dict[str, Any]]:
+    """Check each type in a process of its own, two at a time."""
+    rows = []
+    with multiprocessing.get_context("fork").Pool(2, initializer=prepare, maxtasksperchild=1) as pool:
+        waiting = [(kind, pool.apply_async(check_type, (kind,))) for kind in kinds]
+        for kind, result in waiting:
+            try:
+                row = result.get(timeout=2 * LIMIT_S)
+            except multiprocessing.TimeoutError:
+                row = {"kind": kind, "model": "", "plain": f"took over {LIMIT_S} s", "ways": {}}
+            report(row)
+            rows.append(row)
+    return rows
+
+
+def passed(row: dict[str, Any]) -> bool:
+    return bool(row["ways"]) and all(said == "yes" for said in row["ways"].values())
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """Write the page: the counts, a row for each type, the exceptions with their reasons."""
+    plain = [r for r in rows if r["plain"] == "yes"]
+    good = [r for r in plain if passed(r)]
+    versions = f"transformers {transformers.__version__}, peft {peft.__version__}, torch {torch.__version__}"
+    lines = [
+        "# Architectures",
+        "",
+        f"Made by `python benchmarks/architectures.py` ({versions}, CPU).",
+        "",
+        f"Of the {len(rows)} text model types, {len(plain)} were built tiny with random weights and ran plain; "
+        f"{len(good)} of these passed every check in every way in.",
+        "",
+        "Ways in: serial and parallel at every attention, cross-attention and feed-forward sublayer; skip and parallel "
+        "around every block. Checks: a fresh adapter is the identity bit for bit; every parameter of every adapter gets "
+        "a gradient and no parameter of the base does; switched off it is the base bit for bit; saved and loaded it "
+        "gives the same logits bit for bit; cached generation gives the logits of uncached generation; deleted it "
+        "leaves nothing behind.",
+        "",
+        "| type | class | positions | serial | parallel | skip | block |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in plain:
+        cells = [row["ways"].get(way, "none" if way in ("serial", "parallel") else "") for way in WAYS]
+        marks = ["yes" if c == "yes" else "no" if c not in ("", "none") else "-" for c in cells]
+        lines.append(f"| {row['kind']} | {row['model']} | {', '.join(row.get('positions', []))} | {' | '.join(marks)} |")
+    lines += ["", "## Not every check passed", ""]
+    failed = [(r["kind"], way, said) for r in plain for way, said in r["ways"].items() if said != "yes"]
+    lines += [f"- **{kind}**, {way}: {said}" for kind, way, said in failed] or ["None."]
+    lines += ["", "## Not built or not run without adapters", ""]
+    lines += [f"- **{r['kind']}**: {r['plain']}" for r in rows if r["plain"] != "yes"] or ["None."]
+    return "\n".join(lines) + "\n"
+
+
+WAYS = ("serial", "parallel", "skip", "block")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", help="model types; all, and the page is written, when none is given")
+    parser.add_argument("--trace", action="store_true", help="print the traceback of what failed")
+    arguments = parser.parse_args()
+
+    def report(row: dict[str, Any]) -> None:
+        failed = {way: said for way, said in row["ways"].items() if said != "yes"}
+        state = "yes" if passed(row) else f"no: {failed or row['plain']}"
+        print(f"{row['kind']:28} {state}", flush=True)
+        if arguments.trace and "trace" in row:
+            print(row["trace"])
+
+    rows = run_all(arguments.kinds or tiny_models.model_types(), report)
+    plain = [r for r in rows if r["plain"] == "yes"]
+    print(f"{len(rows)} types, {len(plain)} ran plain, {sum(map(passed, plain))} of them passed every check")
+    if not arguments.kinds:
+        PAGE.write_text(page(rows), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
