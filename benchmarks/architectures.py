@@ -1,7 +1,7 @@
 """Adapters on every text architecture of transformers: what works is written to docs/architectures.md.
 
-    python benchmarks/architectures.py            # all types, some minutes
-    python benchmarks/architectures.py bert t5    # these only, printed
+python benchmarks/architectures.py            # all types, some minutes
+python benchmarks/architectures.py bert t5    # these only, printed
 """
 
 from __future__ import annotations
@@ -76,7 +76,16 @@ def check_identity(model: Any, given: dict[str, Any], before: torch.Tensor) -> N
         raise AssertionError("a fresh adapter is not the identity")
 
 
-def check_gradients(model: Any, given: dict[str, Any], before: torch.Tensor) -> None:
+def unused_layers(kind: str, layers: dict[str, str]) -> dict[str, str]:
+    """Find the sites in layers whose own weights get no gradient in full training: the head does not use them."""
+    model, given = tiny_models.build(kind)
+    out = logits_of(model, given).float()
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    used = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    return {site: layer for site, layer in layers.items() if not any(n.startswith(f"{layer}.") for n in used)}
+
+
+def check_gradients(model: Any, given: dict[str, Any], before: torch.Tensor, kind: str) -> set[str]:
     model.train_adapter("a")
     model.eval()
     randomise(model)
@@ -86,11 +95,13 @@ def check_gradients(model: Any, given: dict[str, Any], before: torch.Tensor) -> 
     (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
     named = [(n, p) for n, p in model.named_parameters() if ".adapter_slot." in n]
     dead = sorted({n.split(".adapter_slot.")[0] for n, p in named if p.grad is None or not p.grad.abs().sum() > 0})
-    if dead:
-        raise AssertionError(f"no gradient at {len(dead)} sites, the first is {dead[0]}")
+    unused = unused_layers(kind, {s.write: f"{s.stack}.{s.layer}" for s in find_sites(model)}) if dead else {}
+    if wrong := [d for d in dead if d not in unused]:
+        raise AssertionError(f"no gradient at {len(wrong)} sites, the first is {wrong[0]}")
     leaked = [n for n, p in model.named_parameters() if p.grad is not None and not p.requires_grad]
     if leaked:
         raise AssertionError(f"a gradient in the base: {leaked[0]}")
+    return {unused[d] for d in dead}
 
 
 def check_off(model: Any, given: dict[str, Any], before: torch.Tensor) -> None:
@@ -100,6 +111,7 @@ def check_off(model: Any, given: dict[str, Any], before: torch.Tensor) -> None:
 
 
 def check_store(model: Any, given: dict[str, Any], kind: str, weights: dict[str, Any]) -> None:
+    model.requires_grad_(False)
     after = logits(model, given)
     with tempfile.TemporaryDirectory() as folder:
         model.save_adapter(f"{folder}/a", "a")
@@ -119,12 +131,13 @@ def check_cache(model: Any, given: dict[str, Any]) -> None:
     if gap > 1e-4:
         with model.disable_adapter():
             base_gap = generation_gap(model, given)
-    if gap > max(1e-4, 10 * base_gap):
+    if gap > 1e-4 and base_gap < 1e-2:  # beyond that, the base's own cache is broken and there is nothing to compare
         raise AssertionError(f"cached generation differs from uncached by {gap:.1e}, the base's own by {base_gap:.1e}")
 
 
 def generation_gap(model: Any, given: dict[str, Any]) -> float:
-    asked = {k: v for k, v in given.items() if not k.startswith("decoder")}
+    # one row: some bases mix the rows of a batch when they generate with a cache
+    asked = {k: v[:1] for k, v in given.items() if isinstance(v, torch.Tensor) and not k.startswith("decoder")}
     options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     options |= {"return_dict_in_generate": True, "output_logits": True}
     try:
@@ -161,7 +174,7 @@ def check_type(kind: str) -> dict[str, Any]:
         return row
     for way, config in todo.items():
         try:
-            check_way(kind, config)
+            row["unused"] = sorted(check_way(kind, config))
             row["ways"][way] = "yes"
         except Exception as error:
             row["ways"][way] = reason(error)
@@ -169,13 +182,15 @@ def check_type(kind: str) -> dict[str, Any]:
     return row
 
 
-def check_way(kind: str, config: BottleneckConfig) -> None:
+def check_way(kind: str, config: BottleneckConfig) -> set[str]:
+    """Run every check; returns the layers that the model's head does not use."""
     model, given = tiny_models.build(kind)
+    model.requires_grad_(False)  # torch folds some products another way, and rounds so, when a weight trains
     before, names = logits(model, given), [n for n, _ in model.named_modules()]
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     interleaf.adapt(model).add_adapter("a", config)
     check_identity(model, given, before)
-    check_gradients(model, given, before)
+    unused = check_gradients(model, given, before, kind)
     check_off(model, given, before)
     check_store(model, given, kind, weights)
     check_cache(model, given)
@@ -185,6 +200,7 @@ def check_way(kind: str, config: BottleneckConfig) -> None:
         raise AssertionError("deleted, it leaves something behind")
     if not torch.equal(logits(model, given), before):
         raise AssertionError("deleted, the model is not its base")
+    return unused
 
 
 def reason(error: Exception) -> str:
@@ -231,21 +247,28 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"{len(good)} of these passed every check in every way in.",
         "",
         "Ways in: serial and parallel at every attention, cross-attention and feed-forward sublayer; skip and parallel "
-        "around every block. Checks: a fresh adapter is the identity bit for bit; every parameter of every adapter gets "
-        "a gradient and no parameter of the base does; switched off it is the base bit for bit; saved and loaded it "
-        "gives the same logits bit for bit; cached generation gives the logits of uncached generation; deleted it "
-        "leaves nothing behind.",
+        "around every block.",
+        "",
+        "Checks: a fresh adapter is the identity bit for bit; every parameter of every adapter "
+        "gets a gradient and no parameter of the base does; switched off it is the base bit for bit; saved and "
+        "loaded it gives the same logits bit for bit; cached generation gives the logits of uncached generation, where "
+        "the base's own does; deleted it leaves nothing behind.",
         "",
         "| type | class | positions | serial | parallel | skip | block |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in plain:
         cells = [row["ways"].get(way, "none" if way in ("serial", "parallel") else "") for way in WAYS]
+        places = ", ".join(row.get("positions", []))
         marks = ["yes" if c == "yes" else "no" if c not in ("", "none") else "-" for c in cells]
-        lines.append(f"| {row['kind']} | {row['model']} | {', '.join(row.get('positions', []))} | {' | '.join(marks)} |")
+        lines.append(f"| {row['kind']} | {row['model']} | {places} | {' | '.join(marks)} |")
     lines += ["", "## Not every check passed", ""]
     failed = [(r["kind"], way, said) for r in plain for way, said in r["ways"].items() if said != "yes"]
     lines += [f"- **{kind}**, {way}: {said}" for kind, way, said in failed] or ["None."]
+    lines += ["", "## Layers that a head does not use", ""]
+    lines += ["No weight of theirs, the base's own or an adapter's, gets a gradient with this head.", ""]
+    idle = [f"- **{r['kind']}** ({r['model']}): {', '.join(r['unused'])}" for r in plain if r.get("unused")]
+    lines += idle or ["None."]
     lines += ["", "## Not built or not run without adapters", ""]
     lines += [f"- **{r['kind']}**: {r['plain']}" for r in rows if r["plain"] != "yes"] or ["None."]
     return "\n".join(lines) + "\n"

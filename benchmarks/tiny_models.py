@@ -1,4 +1,4 @@
-"""Tiny random models of every text model type in transformers: default configs, shrunk by the names of their settings."""
+"""Tiny random models of every text model type in transformers: its default config, shrunk by its settings' names."""
 
 from __future__ import annotations
 
@@ -23,55 +23,66 @@ AUTO = {
 }
 WIDTH, VOCABULARY = 32, 120
 
-# what a setting of this name becomes, wherever it stands
-SMALL: dict[str, Any] = {
-    **dict.fromkeys(
-        "hidden_size d_model n_embd emb_dim embedding_size dim embed_dim word_embed_proj_dim encoder_hidden_size "
-        "decoder_hidden_size out_hidden_size backbone_hidden_size lru_width attention_hidden_size projector_hidden_size "
-        "embedding_dim vision_output_dim conv_output_size projection_dim unit_embed_dim lang_embed_dim spkr_embed_dim "
-        "pooler_hidden_size hidden_size_global d_latents hidden_dim_vision".split(),
-        WIDTH,
-    ),
-    **dict.fromkeys(
-        "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
-        "num_decoder_layers depth num_blocks speech_encoder_layers t2u_encoder_layers t2u_decoder_layers "
-        "conf_num_hidden_layers num_layers_per_stack".split(),
-        2,
-    ),
-    **dict.fromkeys(
-        "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads "
-        "speech_encoder_attention_heads t2u_encoder_attention_heads t2u_decoder_attention_heads swa_num_attention_heads "
-        "linear_num_heads conf_num_attention_heads num_self_attention_heads num_cross_attention_heads "
-        "linear_num_key_heads linear_num_value_heads index_n_heads".split(),
-        4,
-    ),
-    **dict.fromkeys("num_key_value_heads swa_num_key_value_heads kv_n_heads num_kv_heads num_global_key_value_heads".split(), 2),
-    **dict.fromkeys(
-        "head_dim d_kv kv_channels attention_head_dim swa_head_dim linear_head_dim linear_key_head_dim qk_nope_head_dim "
-        "linear_value_head_dim qk_rope_head_dim v_head_dim dim_head index_head_dim global_head_dim rotary_dim".split(),
-        8,
-    ),
-    **dict.fromkeys(
-        "intermediate_size n_inner ffn_dim d_ff dim_ff dff encoder_ffn_dim decoder_ffn_dim ffn_hidden_size hidden_dim "
-        "shared_expert_intermediate_size moe_shared_expert_intermediate_size shared_intermediate_size d_inner "
-        "intermediate_size_mlp dense_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size mlp_dim "
-        "speech_encoder_intermediate_size t2u_encoder_ffn_dim t2u_decoder_ffn_dim moe_intermediate_size".split(),
-        40,
-    ),
-    **dict.fromkeys("num_experts n_routed_experts num_local_experts moe_num_experts".split(), 4),
-    **dict.fromkeys("num_experts_per_tok moe_topk moe_top_k moe_k num_experts_per_token".split(), 2),
-    **dict.fromkeys("n_group topk_group num_expert_group first_k_dense_replace n_shared_experts num_shared_experts".split(), 1),
-    **dict.fromkeys("kv_lora_rank q_lora_rank o_lora_rank laurel_rank embedding_rank mamba_dt_rank time_step_rank".split(), 8),
-    **dict.fromkeys("mamba_d_state state_size ssm_state_size mamba_d_head mamba_head_dim".split(), 8),
-    **dict.fromkeys("vocab_size src_vocab_size tgt_vocab_size decoder_vocab_size t2u_vocab_size entity_vocab_size".split(), VOCABULARY),
-    **dict.fromkeys("vocab_size_per_layer_input unpadded_vocab_size unit_hifi_gan_vocab_size audio_vocab_size".split(), VOCABULARY),
-    **dict.fromkeys("max_position_embeddings n_positions max_source_positions max_target_positions max_seq_len".split(), 128),
-    **dict.fromkeys("n_ctx max_encoder_position_embeddings max_decoder_position_embeddings original_max_position_embeddings".split(), 128),
-    **dict.fromkeys("image_size".split(), 32),
-    **dict.fromkeys("patch_size".split(), 16),
+# what settings of these names become, wherever they stand
+_SIZES = {
+    1: """
+        n_group topk_group num_expert_group first_k_dense_replace n_shared_experts
+        num_shared_experts
+    """,
+    2: """
+        num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers
+        num_encoder_layers num_decoder_layers depth num_blocks speech_encoder_layers
+        t2u_encoder_layers t2u_decoder_layers conf_num_hidden_layers num_layers_per_stack
+        num_key_value_heads swa_num_key_value_heads kv_n_heads num_kv_heads
+        num_global_key_value_heads num_experts_per_tok moe_topk moe_top_k moe_k
+        num_experts_per_token
+    """,
+    4: """
+        num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
+        attention_heads speech_encoder_attention_heads t2u_encoder_attention_heads
+        t2u_decoder_attention_heads swa_num_attention_heads linear_num_heads
+        conf_num_attention_heads num_self_attention_heads num_cross_attention_heads
+        linear_num_key_heads linear_num_value_heads index_n_heads num_experts n_routed_experts
+        num_local_experts moe_num_experts
+    """,
+    8: """
+        head_dim d_kv kv_channels attention_head_dim swa_head_dim linear_head_dim
+        linear_key_head_dim qk_nope_head_dim linear_value_head_dim qk_rope_head_dim v_head_dim
+        dim_head index_head_dim global_head_dim rotary_dim kv_lora_rank q_lora_rank o_lora_rank
+        laurel_rank embedding_rank mamba_dt_rank time_step_rank mamba_d_state state_size
+        ssm_state_size mamba_d_head mamba_head_dim
+    """,
+    16: """
+        patch_size
+    """,
+    WIDTH: """
+        hidden_size d_model n_embd emb_dim embedding_size dim embed_dim word_embed_proj_dim
+        encoder_hidden_size decoder_hidden_size out_hidden_size backbone_hidden_size lru_width
+        attention_hidden_size projector_hidden_size embedding_dim vision_output_dim conv_output_size
+        projection_dim unit_embed_dim lang_embed_dim spkr_embed_dim pooler_hidden_size
+        hidden_size_global d_latents hidden_dim_vision image_size
+    """,
+    40: """
+        intermediate_size n_inner ffn_dim d_ff dim_ff dff encoder_ffn_dim decoder_ffn_dim
+        ffn_hidden_size hidden_dim shared_expert_intermediate_size
+        moe_shared_expert_intermediate_size shared_intermediate_size d_inner intermediate_size_mlp
+        dense_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size mlp_dim
+        speech_encoder_intermediate_size t2u_encoder_ffn_dim t2u_decoder_ffn_dim
+        moe_intermediate_size
+    """,
+    VOCABULARY: """
+        vocab_size src_vocab_size tgt_vocab_size decoder_vocab_size t2u_vocab_size entity_vocab_size
+        vocab_size_per_layer_input unpadded_vocab_size unit_hifi_gan_vocab_size audio_vocab_size
+    """,
+    128: """
+        max_position_embeddings n_positions max_source_positions max_target_positions max_seq_len
+        n_ctx max_encoder_position_embeddings max_decoder_position_embeddings
+        original_max_position_embeddings
+    """,
 }
+SMALL = {name: value for value, names in _SIZES.items() for name in names.split()}
+
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-"""Settings that are the same whatever the type."""
 
 _HYBRID: dict[str, Any] = {"num_hidden_layers": 4}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
@@ -123,7 +134,12 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "xlstm": {"num_heads": 2},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {**_HYBRID, "attention_hidden_size": 64, "attention_head_dim": 16, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba": {
+        **_HYBRID,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "hybrid_layer_ids": [1]},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -141,7 +157,7 @@ def tiny_config(kind: str, **changed: Any) -> Any:
 
 
 def _shrink(cls: Any, changed: dict[str, Any]) -> Any:
-    default = _default(cls)
+    default = cls()
     told: dict[str, Any] = {}
     for name in inspect.signature(cls.__init__).parameters:
         value = default.__dict__.get(name)
@@ -153,16 +169,12 @@ def _shrink(cls: Any, changed: dict[str, Any]) -> Any:
             told[name] = TOKENS.get(name, 3 + sum(map(ord, name)) % 16)
     if "kv_lora_rank" in told and "num_key_value_heads" in told:  # latent attention has a key for each head
         told["num_key_value_heads"] = told["num_attention_heads"]
-    for name, sub in getattr(cls, "sub_configs", {}).items():
+    for name in getattr(cls, "sub_configs", {}):
         value = getattr(default, name, None)
         if value is not None:
             told[name] = _shrink(type(value), {**ODD.get(value.model_type, {}), **changed.get(name, {})})
     told.update({k: v for k, v in changed.items() if k not in getattr(cls, "sub_configs", {})})
     return cls(**told)
-
-
-def _default(cls: Any) -> Any:
-    return cls()
 
 
 def build(kind: str) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -173,7 +185,18 @@ def build(kind: str) -> tuple[Any, dict[str, torch.Tensor]]:
     config = tiny_config(kind)
     head = next(h for h, names in HEADS.items() if kind in names)
     model = getattr(transformers, AUTO[head]).from_config(config).eval()
+    model.config.use_cache = False
+    _wake(model)
     return model, inputs(model)
+
+
+def _wake(model: torch.nn.Module) -> None:
+    """Give weights that start at zero something to do: behind them no gradient would be seen."""
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 def inputs(model: Any, rows: int = 2, length: int = 12) -> dict[str, torch.Tensor]:

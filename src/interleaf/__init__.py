@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interleaf.adapter import Adapter, AdapterConfig, register_adapter
-    from interleaf.adapters import Bottleneck, BottleneckConfig, Fusion, FusionConfig
+    from interleaf.adapters import (
+        Bottleneck,
+        BottleneckConfig,
+        CompacterConfig,
+        Fusion,
+        FusionConfig,
+        GLUConfig,
+        InvertibleConfig,
+        MTLConfig,
+        ReftConfig,
+    )
     from interleaf.compose import Average, BatchSplit, Fuse, Parallel, Split, Stack
     from interleaf.errors import InterleafError
     from interleaf.model import AdaptedModel, AdapterSummary, adapt
@@ -30,6 +40,11 @@ _HOME = {
     "BatchSplit": "compose",
     "Bottleneck": "adapters",
     "BottleneckConfig": "adapters",
+    "CompacterConfig": "adapters",
+    "GLUConfig": "adapters",
+    "InvertibleConfig": "adapters",
+    "MTLConfig": "adapters",
+    "ReftConfig": "adapters",
     "Fuse": "compose",
     "Fusion": "adapters",
     "FusionConfig": "adapters",
@@ -53,11 +68,16 @@ __all__ = [
     "BatchSplit",
     "Bottleneck",
     "BottleneckConfig",
+    "CompacterConfig",
     "Fuse",
     "Fusion",
     "FusionConfig",
+    "GLUConfig",
     "InterleafError",
+    "InvertibleConfig",
+    "MTLConfig",
     "Parallel",
+    "ReftConfig",
     "Site",
     "Split",
     "Stack",

@@ -59,6 +59,19 @@ class AdapterConfig(PeftConfig):
     def build(self, site: Site) -> Adapter:
         """Make the adapter for one site."""
 
+    @property
+    def needs(self) -> list[str]:
+        """Adapters that must be on the model before this one, and stay as long as it does."""
+        return []
+
+    def link(self, adapters: list[Adapter], others: list[dict[str, Adapter]]) -> None:
+        """Connect what was built, where sites share a part.
+
+        Args:
+            adapters: those built, site by site.
+            others: the adapters that are at each of these sites already, by name.
+        """
+
 
 class Adapter(nn.Module):
     """A function of what a site reads and what it writes.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from interleaf.errors import ConfigError
@@ -126,8 +127,8 @@ class PerRow(Composition):
 
     def grouped(self) -> BatchSplit:
         """Return the split of the rows once they are in `order`."""
-        kinds = list(dict.fromkeys(self.children))
-        return BatchSplit(*kinds, batch_sizes=[self.children.count(kind) for kind in kinds])
+        runs = [(kind, len(list(run))) for kind, run in groupby(self.children[i] for i in self.order)]
+        return BatchSplit(*(kind for kind, _ in runs), batch_sizes=[count for _, count in runs])
 
 
 def per_row(names: Sequence[Any]) -> PerRow:
@@ -323,6 +324,14 @@ def expand(node: Any, fusions: Mapping[str, Any]) -> Any:
     if isinstance(node, str):
         return fusions.get(node, node)
     return replace_children(node, tuple(expand(child, fusions) for child in node.children))
+
+
+def backwards(node: Any) -> Any:
+    """Turn every stack of a composition around."""
+    if isinstance(node, str):
+        return node
+    turned = tuple(backwards(child) for child in node.children)
+    return replace_children(node, turned[::-1] if isinstance(node, Stack) else turned)
 
 
 def replace_children(node: Composition, children: tuple[Any, ...]) -> Composition:

@@ -191,6 +191,8 @@ class Running:
         return args, kwargs
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        for slot in self.slots:
+            slot.settle()
         loss = output.get("loss") if module.training and isinstance(output, dict) else None
         if loss is None or (penalty := self.penalty()) is None:
             return None

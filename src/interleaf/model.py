@@ -300,8 +300,8 @@ class AdaptedModel:
 
         for one in [name] if isinstance(name, str) else name:
             self._known(one)
-            if fused := [n for n, c in self.adapters.items() if one in _children(c)]:
-                raise AdapterError(f"adapter {one!r} is a part of the fusion {fused[0]!r}. Delete the fusion first.")
+            if users := [n for n, c in self.adapters.items() if one in getattr(c, "needs", [])]:
+                raise AdapterError(f"adapter {users[0]!r} needs {one!r}. Delete {users[0]!r} first.")
             active = [a for a in self.active_adapters() if a != one]
             with warnings.catch_warnings():
                 # PEFT makes some other adapter the active one, with a warning; below is which
@@ -377,10 +377,6 @@ class AdaptedModel:
 
 def _foreign(config: Any) -> bool:
     return isinstance(config, PeftConfig) and not isinstance(config, AdapterConfig)
-
-
-def _children(config: PeftConfig) -> list[str]:
-    return [name for child in getattr(config, "children", []) for name in leaves(parse(child))]
 
 
 def adapter_tensors(model: nn.Module, name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ linear maps; what a sublayer writes is its last linear map of the model's width.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from interleaf.errors import SiteError
+
+# maps that feed attention rather than write its result
+_READS = re.compile(r"(w?[qkv]|query|key|value|qkv|gate|g|index\w*)(_?[abcu])?(_(proj|lin|layer|net|[abu]))*")
 
 POSITIONS = ("attention", "cross_attention", "ffn", "block")
 
@@ -126,9 +130,12 @@ def _target(name: str, stacks: list[tuple[str, list[tuple[str, nn.Module]]]], wi
         for layer, (block, _) in enumerate(blocks):
             if f"{name}.".startswith(f"{block}."):
                 return Site(name, name, "target", stack, layer, width)
-    parts = name.split(".")
-    nearest = max((s for s, _ in stacks), key=lambda s: _shared(s.split("."), parts), default="")
-    return Site(name, name, "target", nearest, -1, width)
+    return Site(name, name, "target", nearest_stack(name, [stack for stack, _ in stacks]), -1, width)
+
+
+def nearest_stack(name: str, stacks: Sequence[str]) -> str:
+    """Return the stack of layers whose name begins most like a module's."""
+    return max(stacks, key=lambda s: _shared(s.split("."), name.split(".")), default="")
 
 
 def stack_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -138,8 +145,10 @@ def stack_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     and adapter.
     """
     stacks = [(name, model.get_submodule(name)) for name, _ in _stacks(model)]
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)() if stacks else None
-    if embeddings is not None:
+    embeddings = None
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        embeddings = model.get_input_embeddings() if stacks else None  # type: ignore[operator]
+    if isinstance(embeddings, nn.Module):
         stacks.append(("embeddings", embeddings))
     for name, module in stacks or [("", model)]:
         wrapped = [
@@ -210,7 +219,13 @@ def _has_experts(module: nn.Module) -> bool:
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Module]]]]:
     """Yield the outermost lists of repeated layers, each as its name and its named layers."""
-    inside = [f"{tower}." for tower in _other_towers(model)]
+    towers = [f"{tower}." for tower in _other_towers(model)]
+    found = list(_stacks_outside(model, towers))
+    yield from found or _stacks_outside(model, [])
+
+
+def _stacks_outside(model: nn.Module, towers: list[str]) -> Iterator[tuple[str, list[tuple[str, nn.Module]]]]:
+    inside = list(towers)
     for name, module in model.named_modules():
         if any(name.startswith(outer) for outer in inside) or not isinstance(module, nn.ModuleList):
             continue
@@ -225,8 +240,6 @@ def _other_towers(model: nn.Module) -> Iterator[str]:
     """Name the parts of a multimodal model that have a config of their own beside the text's: vision, audio."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if text is config:
-        return
     kept = [type(part) for part in (config, text, getattr(config, "encoder", None))]
     for name, module in model.named_modules():
         own = getattr(module, "config", None)
@@ -258,8 +271,14 @@ def _block_sites(name: str, block: nn.Module, stack: str, layer: int, width: int
 
 def _sublayers(name: str, block: nn.Module, width: int) -> Iterator[_Sublayer]:
     """Yield a block's sublayers; neighbours of one linear map each (fc1, fc2) are one feed-forward."""
+    children = list(_block_children(name, block))
+    if children and all(is_linear(c) for _, c in children) and any(_reads(n) for n, _ in children):
+        # the block is itself an attention
+        if (write := _write(name, block, width)) is not None:
+            yield _Sublayer(name, write, _position(name, block))
+        return
     pending: tuple[str, nn.Module] | None = None
-    for child_name, child in _block_children(name, block):
+    for child_name, child in children:
         if len(_linears(child)) == 1 and not _has_experts(child):
             if pending is None:
                 pending = (child_name, child)
@@ -290,12 +309,17 @@ def _write(name: str, child: nn.Module, width: int) -> str | None:
     if _has_experts(child) or routed:
         return name
     writers = [n for n, m in linears if _out_dim(m) == width]
+    writers = [n for n in writers if not _reads(n)] or writers
     if not writers:
         return None
     # the shallowest: what lies deeper (an indexer, a norm's map) serves the sublayer, not the residual stream
     depth = min(n.count(".") for n in writers)
     last = [n for n in writers if n.count(".") == depth][-1]
     return f"{name}.{last}" if last else name
+
+
+def _reads(name: str) -> bool:
+    return _READS.fullmatch(name.rpartition(".")[2]) is not None
 
 
 def _position(name: str, child: nn.Module) -> str:

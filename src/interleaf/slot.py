@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from interleaf.adapter import Adapter
-from interleaf.compose import Stack, expand, leaves, prune
+from interleaf.compose import Stack, backwards, expand, leaves, prune
 from interleaf.errors import SiteError
 from interleaf.forward import Running
 from interleaf.interpret import run
@@ -97,6 +97,8 @@ class Slot(nn.Module, BaseTunerLayer):
             node = ""
         kinds: dict[str, Any] = dict(self.adapters.items())
         node = expand(node, {n: a.composition for n, a in kinds.items() if a.composition is not None})
+        if self.site.position == "unembedding":
+            node = backwards(node)  # what was done last is undone first
         self._before_plan = prune(node, lambda n: n in kinds and kinds[n].before)
         self._after_plan = prune(node, lambda n: n in kinds and not kinds[n].before)
         self._reads = any(kinds[n].reads for n in leaves(self._after_plan))
@@ -155,11 +157,28 @@ class Slot(nn.Module, BaseTunerLayer):
         if self._idle() or not self._after_plan:
             return None
         y: Tensor = output if isinstance(output, Tensor) else output[0]
-        y = self._run(self._after_plan, self._read, y)
+        x = self._read
+        if x is not None and x.numel() != y.numel():
+            return None  # this module also writes something else (global tokens); `settle` sees to the rest
+        y = self._run(self._after_plan, x, y)
         self._read = None
         if isinstance(output, Tensor):
             return y
         return _with_first(output, y)
+
+    def settle(self) -> None:
+        """Check, at the end of a forward pass, that what was read was used.
+
+        Raises:
+            SiteError: the site never wrote anything of the shape of what it read.
+        """
+        if self._read is None:
+            return
+        shape, self._read = tuple(self._read.shape), None
+        raise SiteError(
+            f"{self.site.write} writes nothing of the shape {shape} that {self.site.read} reads: "
+            "a parallel adapter cannot sit there. Use connection='serial', or other positions."
+        )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         """PEFT calls this after it filled adapters made on the meta device; the base gives the device."""
@@ -183,13 +202,15 @@ def _with_first(output: Any, y: Tensor) -> Any:
 
 
 def _residual_place(args: tuple[Any, ...], kwargs: dict[str, Any], site: Site) -> int | str:
-    """Find the argument that carries the residual stream: the first tensor of the model's width."""
-    for i, value in enumerate(args):
-        if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[-1] % site.width == 0:
-            return i
-    for name, value in kwargs.items():
-        if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[-1] % site.width == 0:
-            return name
+    """Find the argument that carries the residual stream: the first as wide as the model, or as several streams."""
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    wide = [(k, v.shape[-1]) for k, v in given if isinstance(v, torch.Tensor) and v.ndim > 1 and v.is_floating_point()]
+    for place, size in wide:
+        if size == site.width:
+            return place
+    for place, size in wide:
+        if size % site.width == 0:
+            return place
     raise SiteError(
         f"{site.read}: none of its inputs has the model's width {site.width}, so there is nothing to read. "
         "Use connection='serial' here, or name other modules with `target_modules`."

@@ -66,12 +66,17 @@ class AdapterTuner(BaseTuner):
         config = self.peft_config[adapter_name]
         if "." in adapter_name or not adapter_name:
             raise AdapterError(f"the adapter name {adapter_name!r} is empty or has a dot. Choose another.")
+        there = {name for slot in slots(model) for name in slot.adapters}
+        if missing := [name for name in config.needs if name not in there]:
+            raise AdapterError(f"{adapter_name!r} needs the adapter {missing[0]!r}: add or load it first.")
         sites = config.sites(model)
         context = init_empty_weights if low_cpu_mem_usage else contextlib.nullcontext
         with context():
             made = [(site, config.build(site)) for site in sites]
+        config.link([adapter for _, adapter in made], [adapters_at(model, site) for site in sites])
         for _, adapter in made:
             adapter.tokens = config.tokens
+            adapter.train(model.training)
             if adapter.composition is not None:
                 adapter.composition = Fuse(*adapter.composition.children, name=adapter_name)
         running = running_of(model)
@@ -153,6 +158,12 @@ def slot_at(model: nn.Module, site: Site, running: Running) -> Slot:
             "Use the same positions or target_modules for both."
         )
     return existing
+
+
+def adapters_at(model: nn.Module, site: Site) -> dict[str, Any]:
+    """Return the adapters that are at a site, by name."""
+    slot = getattr(model.get_submodule(site.write), SLOT, None)
+    return {} if slot is None else dict(slot.adapters.items())
 
 
 def nearest_weight(model: nn.Module, site: Site) -> Tensor | None:

@@ -36,6 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reduction_factor": 96,
         "scaling": "channel",
         "init": "houlsby",
+        "stochastic_depth": 0.1,
     },
     "textbook": {"positions": ["ffn"], "activation": "relu", "down_dim": 64, "bottleneck_dim": 16},
 }
@@ -62,6 +63,8 @@ class BottleneckConfig(AdapterConfig):
     """Factor on what the adapter adds: a number, learned, or channel (one learned per channel)."""
     dropout: float = 0.0
     """Dropout on the adapter's output while training."""
+    stochastic_depth: float = 0.0
+    """Chance that a row's adapter is left out in a training step; what is left is scaled up."""
     norm_before: bool = False
     """LayerNorm before the down-projection."""
     norm_after: bool = False
@@ -84,8 +87,9 @@ class BottleneckConfig(AdapterConfig):
             raise ConfigError(f"scaling={self.scaling!r}: expected a number, 'learned' or 'channel'.")
         if self.init not in ("zero_up", "houlsby"):
             raise ConfigError(f"init={self.init!r}: expected 'zero_up' or 'houlsby'.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout={self.dropout}: expected 0 or more and less than 1.")
+        for name in ("dropout", "stochastic_depth"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more and less than 1.")
         for name in ("bottleneck_dim", "down_dim"):
             if (dim := getattr(self, name)) is not None and dim < 1:
                 raise ConfigError(f"{name}={dim}: expected 1 or more.")
@@ -137,6 +141,7 @@ class Bottleneck(Adapter):
         self.gate = nn.Linear(input_dim, 1) if config.gate else None
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[config.activation]
         self.dropout = nn.Dropout(config.dropout) if config.dropout else None
+        self.stochastic_depth = config.stochastic_depth
         self.scaling: float | nn.Parameter = _scaling(config.scaling, input_dim)
         self._initialise(config.init, zero_up=self.keeps_y)
 
@@ -163,6 +168,9 @@ class Bottleneck(Adapter):
             gate = torch.sigmoid(self.gate(z))
             self.observe("gate", gate)
             h = h * gate
+        if self.training and self.stochastic_depth:
+            kept = torch.rand(h.shape[0], *[1] * (h.ndim - 1), device=h.device) >= self.stochastic_depth
+            h = h * kept / (1 - self.stochastic_depth)
         return h if self.dropout is None else self.dropout(h)
 
     def forward(self, x: Tensor | None, y: Tensor) -> Tensor:

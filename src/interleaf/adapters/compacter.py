@@ -61,11 +61,11 @@ class CompacterConfig(AdapterConfig):
     def build(self, site: Site) -> Adapter:
         return Compacter(site.width, self.width_at(site), self)
 
-    def share(self, adapters: list[Adapter]) -> None:
+    def link(self, adapters: list[Adapter], others: list[dict[str, Adapter]]) -> None:
         """Let all sites use the first one's rule."""
-        first = adapters[0]
         for adapter in adapters[1:]:
-            adapter.rule = first.rule  # type: ignore[assignment]
+            adapter.__dict__["lender"] = adapters[0]  # past nn.Module: not a child
+            adapter.rule = None  # type: ignore[assignment]
 
 
 class PHMLinear(nn.Module):
@@ -114,5 +114,6 @@ class Compacter(Adapter):
         self.activation: Callable[[Tensor], Tensor] = ACT2FN[config.activation]
 
     def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
-        change = self.up(self.activation(self.down(y.to(self.rule.dtype), self.rule)), self.rule)
+        rule = self.__dict__.get("lender", self).rule
+        change = self.up(self.activation(self.down(y.to(rule.dtype), rule)), rule)
         return y + change.to(y.dtype)

@@ -38,19 +38,20 @@ class FusionConfig(AdapterConfig):
         if self.temperature <= 0:
             raise ConfigError(f"temperature={self.temperature}: expected more than 0.")
 
+    @property
+    def needs(self) -> list[str]:
+        """The fused adapters."""
+        return list(dict.fromkeys(name for child in self.children for name in leaves(parse(child))))
+
     def sites(self, model: nn.Module) -> list[Site]:
         """Return every site where one of the children has an adapter.
 
         Raises:
-            SiteError: no children are named, or one of them is not on the model.
+            SiteError: fewer than two children are named.
         """
-        names = {name for child in self.children for name in leaves(parse(child))}
-        there = slots(model)
-        missing = sorted(name for name in names if not any(name in slot.adapters for slot in there))
-        if missing or len(self.children) < 2:
-            said = f"there is no adapter {missing[0]!r}" if missing else "name two children or more"
-            raise SiteError(f"fusion of {self.children}: {said}. Add or load the adapters first, then fuse them.")
-        return [slot.site for slot in there if any(name in slot.adapters for name in names)]
+        if len(self.children) < 2:
+            raise SiteError(f"fusion of {self.children}: name two children or more.")
+        return [slot.site for slot in slots(model) if any(name in slot.adapters for name in self.needs)]
 
     def build(self, site: Site) -> Adapter:
         return Fusion(site.width, self)

@@ -15,17 +15,18 @@ from interleaf.adapter import Adapter, AdapterConfig, register_adapter
 from interleaf.errors import ConfigError
 from interleaf.sites import Site
 
+# W is kept as its difference from R (see `Reft`), so NoReFT and DiReFT are one function
 PRESETS: dict[str, dict[str, Any]] = {
     "loreft": {},
     "noreft": {"orthogonal": False},
-    "direft": {"orthogonal": False, "subtract": False},
+    "direft": {"orthogonal": False},
 }
 
 
 @register_adapter("reft", PRESETS)
 @dataclass
 class ReftConfig(AdapterConfig):
-    """LoReFT by default; NoReFT without orthogonality, DiReFT also without the difference."""
+    """LoReFT by default; NoReFT and DiReFT without orthogonality."""
 
     positions: list[str] = field(default_factory=lambda: ["block"])
     """Sublayers to adapt: attention, cross_attention, ffn, block."""
@@ -35,8 +36,6 @@ class ReftConfig(AdapterConfig):
     """Rank r of the edited subspace."""
     orthogonal: bool = True
     """Keep the rows of the projection orthonormal."""
-    subtract: bool = True
-    """Replace what is in the subspace, rather than add to it."""
     dropout: float = 0.0
     """Dropout on the edit while training."""
 
@@ -54,7 +53,8 @@ class ReftConfig(AdapterConfig):
 class Reft(Adapter):
     """`y' = y + R^T (W y + b - R y)`: what the subspace of `R` holds becomes what `W y + b` says.
 
-    Starts as the identity: `W = R, b = 0`, or without the difference `W = 0, b = 0`.
+    `source` holds `W - R` and `b`, both zero at first: so it starts as the identity, exactly. DiReFT's
+    `y + R^T (W y + b)` is the same function of `source`.
 
     Args:
         width: width D of the model.
@@ -65,7 +65,7 @@ class Reft(Adapter):
         super().__init__()
         self.source = nn.Linear(width, config.rank)
         self.projection = nn.Parameter(torch.empty(config.rank, width))
-        self.orthogonal, self.subtract = config.orthogonal, config.subtract
+        self.orthogonal = config.orthogonal
         self.dropout = nn.Dropout(config.dropout)
         nn.init.zeros_(self.source.weight)
         nn.init.zeros_(self.source.bias)
