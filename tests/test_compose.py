@@ -288,7 +288,7 @@ def test_fusion_trains_alone_and_shows_its_attention(name: str, tmp_path: Path) 
     for each in ("a", "b", "a,b"):
         model.save_adapter(tmp_path / each, each)
     fresh = interleaf.adapt(build(name))
-    with pytest.raises(SiteError, match="Add or load the adapters first"):
+    with pytest.raises(AdapterError, match="add or load it first"):
         fresh.load_adapter(tmp_path / "a,b")
     for each in ("a", "b", "a,b"):
         fresh.load_adapter(tmp_path / each)
