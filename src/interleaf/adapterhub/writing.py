@@ -1,0 +1,164 @@
+"""Writing adapters as AdapterHub's files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from interleaf.adapterhub.places import CONFIG, FLAGS, FUSION, WEIGHTS, Place, named_weights, places
+from interleaf.adapters import BottleneckConfig, CompacterConfig, FusionConfig, InvertibleConfig, UnionConfig
+from interleaf.errors import StoreError
+from interleaf.files import new_folder
+from interleaf.sites import find_sites
+from interleaf.slot import slots
+
+if TYPE_CHECKING:
+    from interleaf.model import AdaptedModel
+
+
+def save(model: AdaptedModel, path: str | Path, name: str, overwrite: bool = False) -> Path:
+    """Write one adapter of a model as AdapterHub's files, for `adapters` to load.
+
+    Raises:
+        StoreError: an adapter that AdapterHub has no equal for, or a folder in the way.
+    """
+    base: Any = model._module
+    there = places(base)
+    fusion = isinstance(model.adapters[name], FusionConfig)
+    told: dict[str, Any] = {
+        "config": _fusion_settings(model, name) if fusion else _settings(model, name, there),
+        "hidden_size": find_sites(base)[0].width,
+        "model_class": getattr(type(base), "_base_cls", type(base)).__name__,
+        "model_name": model.adapters[name].base_model_name_or_path,
+        "model_type": base.config.model_type,
+        "name": name,
+        "version": "adapters.1.3.0",
+    }
+    if fusion:
+        told["adapter_names"] = list(model.adapters[name].children)
+    weights = {k: p.detach().cpu().contiguous().clone() for k, p in named_weights(base, name, name, there)}
+    weights |= {k.replace(".adapter_norm_before.", ".adapter_down.0."): t for k, t in _doubled(weights)}
+    prefix = "" if base.base_model is base or base.config.model_type == "t5" else f"{base.base_model_prefix}."
+    config = FUSION if fusion else CONFIG
+    with new_folder(path, overwrite) as folder:
+        save_file({prefix + key: tensor for key, tensor in weights.items()}, folder / WEIGHTS[config][0])
+        (folder / config).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
+    return Path(path)
+
+
+def _doubled(weights: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    return [(key, tensor.clone()) for key, tensor in weights.items() if ".adapter_norm_before." in key]
+
+
+def _settings(model: AdaptedModel, name: str, there: list[Place]) -> dict[str, Any]:
+    config: Any = model.adapters[name]
+    parts = config.parts if isinstance(config, UnionConfig) else [config]
+    main = next((p for p in parts if isinstance(p, BottleneckConfig | CompacterConfig)), None)
+    inverse = next((p for p in parts if isinstance(p, InvertibleConfig)), None)
+    if main is None or len(parts) > 1 + (inverse is not None) or (inverse and inverse.coupling != "additive"):
+        raise StoreError(f"{name!r}: AdapterHub has no equal for a {type(config).__name__}.")
+    compacter = isinstance(main, CompacterConfig)
+    connection = _hub_connection(model._module, main, name, there)
+    used = {slot.site.write for slot in slots(model._module) if name in slot.adapters}
+    here = [p for p in there if p.write in used or p.norm in used]
+    flags = {flag: any(p.flag == flag for p in here) for flag in FLAGS.values()}
+    left_out = sorted({p.index for p in there} - {p.index for p in here})
+    partly = [p for p in there if flags[p.flag] and p.index not in left_out and p not in here]
+    if partly:
+        raise StoreError(f"{name!r}: AdapterHub leaves out whole layers only, not {partly[0].write}.")
+    sizes = [
+        _width_of(slot.adapters[name])
+        for slot in slots(model._module)
+        if slot.site.write in {*(p.write for p in here), *(p.norm for p in here)}
+    ]
+    width = sizes[0]
+    stream = connection in ("stream", "after_norm")
+    settings = {
+        **flags,
+        "adapter_residual_before_ln": False,
+        "dropout": getattr(main, "dropout", 0.0),
+        "factorized_phm_W": True,
+        "factorized_phm_rule": False,
+        "hypercomplex_nonlinearity": "glorot-uniform",
+        "init_weights": "mam_adapter",
+        "init_weights_seed": None,
+        "inv_adapter": "nice" if inverse else None,
+        "inv_adapter_reduction_factor": inverse.reduction_factor if inverse else None,
+        "is_parallel": connection == "parallel",
+        "learn_phm": True,
+        "leave_out": left_out,
+        "ln_after": getattr(main, "norm_after", False),
+        "ln_before": getattr(main, "norm_before", False),
+        "non_linearity": {"silu": "swish", "leaky_relu": "leakyrelu"}.get(main.activation, main.activation),
+        "original_ln_after": connection != "after_norm",
+        "original_ln_before": stream,
+        "phm_bias": True,
+        "phm_c_init": "normal",
+        "phm_dim": getattr(main, "phm_dim", 4),
+        "phm_init_range": 0.0001,
+        "phm_layer": compacter,
+        "phm_rank": getattr(main, "phm_rank", 1),
+        "reduction_factor": width[0] / width[1],
+        "residual_before_ln": connection != "after_norm",
+        "scaling": getattr(main, "scaling", 1.0),
+        "shared_W_phm": False,
+        "shared_phm_rule": True,
+        "stochastic_depth": getattr(main, "stochastic_depth", 0.0),
+        "use_gating": bool(getattr(main, "gate", False)),
+    }
+    if len(set(sizes)) > 1:
+        found = {p.index: size for p, size in zip(here, sizes, strict=True)}
+        settings["reduction_factor"] = {str(i): d / r for i, (d, r) in found.items()}
+    return settings
+
+
+def _width_of(adapter: Any) -> tuple[int, int]:
+    if type(adapter).__name__ == "Compacter":
+        return adapter.up.bias.shape[0], adapter.down.bias.shape[0]
+    return adapter.up.weight.shape
+
+
+def _hub_connection(base: nn.Module, config: Any, name: str, there: list[Place]) -> str:
+    """Tell AdapterHub's placement of a bottleneck.
+
+    Raises:
+        StoreError: it has none.
+    """
+    odd = {"tokens": config.tokens != "all"}
+    if isinstance(config, BottleneckConfig):
+        odd |= {"down_dim": bool(config.down_dim), "residual=False": config.residual is False}
+        odd |= {"gate for each token": config.gate is True}
+        odd |= {"norm_after with a factor": config.norm_after and config.scaling != 1.0}
+    if wrong := [what for what, is_set in odd.items() if is_set]:
+        raise StoreError(f"{name!r}: AdapterHub has no {wrong[0]}.")
+    there_by_write = {p.write: p for p in there}
+    sites = [slot.site for slot in slots(base) if name in slot.adapters and slot.site.position != "unembedding"]
+    sites = [site for site in sites if site.position != "embedding"]
+    if config.connection == "serial" and all(site.write in {p.norm for p in there if p.norm} for site in sites):
+        return "after_norm"
+    if config.connection == "serial" and all(site.write in there_by_write for site in sites):
+        return "serial"
+    beside = config.connection in ("parallel", "stream")
+    if beside and all(site.write in there_by_write and site.read == there_by_write[site.write].read for site in sites):
+        return str(config.connection)
+    raise StoreError(f"{name!r}: AdapterHub has no place for connection={config.connection!r} at {sites[0].write}.")
+
+
+def _fusion_settings(model: AdaptedModel, name: str) -> dict[str, Any]:
+    config: Any = model.adapters[name]
+    return {
+        "dropout_prob": config.dropout or None,
+        "key": True,
+        "query": True,
+        "query_before_ln": False,
+        "regularization": bool(config.regularization),
+        "residual_before": False,
+        "temperature": False,
+        "value": config.value,
+        "value_before_softmax": True,
+        "value_initialized": config.value,
+    }
