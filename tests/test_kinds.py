@@ -134,8 +134,9 @@ def test_settings_are_described_and_checked(kind: str) -> None:
     fields = [i for i, node in enumerate(body) if isinstance(node, ast.AnnAssign)]
     for i in fields:
         assert isinstance(body[i + 1], ast.Expr), f"{kind}: {ast.unparse(body[i])} has no description"
+    needed: dict[str, Any] = {"parts": ["pfeiffer", "glu"]} if kind == "union" else {}
     with pytest.raises(InterleafError, match="unknown adapter setting 'depht'"):
-        interleaf.adapter.as_config(cls(), depht=3)  # type: ignore[attr-defined]
+        interleaf.adapter.as_config(cls(**needed), depht=3)  # type: ignore[attr-defined]
 
 
 # ---- what is particular to one kind
@@ -177,12 +178,13 @@ def test_a_stack_of_invertible_adapters_is_undone_backwards() -> None:
     model.add_adapter("b", "glow", modules_to_save=[])
     randomise(model, std=0.2)
     model.set_adapter("stack(a, b)")
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
     seen: list[torch.Tensor] = []
-    table.register_forward_hook(lambda module, args, out: seen.append(out))
-    hidden = torch.nn.functional.embedding(inputs(model)["input_ids"], table.weight)
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    logits(model)
+    hidden = model.get_input_embeddings()(inputs(model)["input_ids"])
+    assert not torch.allclose(seen[0], hidden)
+    head = model.get_output_embeddings()
     with torch.no_grad():
-        table(inputs(model)["input_ids"])
         torch.testing.assert_close(head(seen[0]), hidden @ head.weight.T, rtol=1e-4, atol=1e-5)
 
 
@@ -249,3 +251,29 @@ def test_glu_is_a_gated_linear_unit() -> None:
     x, y = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
     expected = y + site.up(torch.nn.functional.silu(site.gate(x)) * site.value(x))
     torch.testing.assert_close(site(x, y), expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_a_union_is_one_adapter(name: str, tmp_path: Path) -> None:
+    model = interleaf.adapt(build(name))
+    before = logits(model)
+    parts = ["houlsby", interleaf.GLUConfig(connection="serial", bottleneck_dim=3), "nice"]
+    model.add_adapter("a", interleaf.UnionConfig(parts=parts))
+    assert torch.equal(logits(model), before)
+    randomise(model, std=0.2)
+    after = logits(model)
+    model.save_adapter(tmp_path / "a", "a")
+    fresh = interleaf.adapt(build(name))
+    fresh.load_adapter(tmp_path / "a")
+    torch.testing.assert_close(logits(fresh), after)
+    kinds = {type(m).__name__ for m in fresh.modules()}
+    assert {"Bottleneck", "GLU", "Several", "Invertible"} <= kinds
+    model.delete_adapter("a")
+    assert torch.equal(logits(model), before)
+    with pytest.raises(ConfigError, match="two parts or more"):
+        interleaf.UnionConfig(parts=["houlsby"])
+    with pytest.raises(ConfigError, match="read different places"):
+        model.add_adapter("b", interleaf.UnionConfig(parts=["pfeiffer", INPUT]))
+
+
+INPUT = interleaf.BottleneckConfig(positions=["ffn"], connection="serial_input")

@@ -19,6 +19,7 @@ RANKS = [
     ["slot"],
     ["tuner"],
     ["adapters", "model"],
+    ["adapterhub"],
     ["store"],
     ["tasks"],
     ["train", "evaluate"],

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         InvertibleConfig,
         MTLConfig,
         ReftConfig,
+        UnionConfig,
     )
     from interleaf.compose import Average, BatchSplit, Fuse, Parallel, Split, Stack
     from interleaf.errors import InterleafError
@@ -53,6 +54,7 @@ _HOME = {
     "Site": "sites",
     "Split": "compose",
     "Stack": "compose",
+    "UnionConfig": "adapters",
     "adapt": "model",
     "find_sites": "sites",
     "register_adapter": "adapter",
@@ -81,6 +83,7 @@ __all__ = [
     "Site",
     "Split",
     "Stack",
+    "UnionConfig",
     "adapt",
     "find_sites",
     "register_adapter",

@@ -64,13 +64,27 @@ class AdapterConfig(PeftConfig):
         """Adapters that must be on the model before this one, and stay as long as it does."""
         return []
 
-    def link(self, adapters: list[Adapter], others: list[dict[str, Adapter]]) -> None:
-        """Connect what was built, where sites share a part.
+    def make(self, model: nn.Module, there: Callable[[Site], dict[str, Adapter]]) -> list[tuple[Site, Adapter]]:
+        """Build the adapters of all sites.
 
         Args:
-            adapters: those built, site by site.
-            others: the adapters that are at each of these sites already, by name.
+            model: the model they are for.
+            there: tells the adapters that are at a site already, by name.
+
+        Raises:
+            SiteError: the config matches no site.
         """
+        sites = self.sites(model)
+        adapters = [self.build(site) for site in sites]
+        for adapter in adapters:
+            adapter.tokens = self.tokens
+        self.link(model, sites, adapters, [there(site) for site in sites])
+        return list(zip(sites, adapters, strict=True))
+
+    def link(
+        self, model: nn.Module, sites: list[Site], adapters: list[Adapter], others: list[dict[str, Adapter]]
+    ) -> None:
+        """Connect what was built with what it shares: one another, other adapters at the site, a norm of the base."""
 
 
 class Adapter(nn.Module):

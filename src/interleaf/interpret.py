@@ -80,7 +80,8 @@ def run(node: Any, adapters: Mapping[str, Any], x: Tensor | None, y: Tensor, row
         return y + torch.stack(weighted).sum(0)
     if isinstance(node, Fuse):
         changes = [run(child, adapters, x, y, rows) - y for child in node.children]
-        fused: Tensor = adapters[node.name](torch.stack(changes, dim=-2), y)
+        fusion = adapters[node.name]
+        fused: Tensor = fusion.fuse(torch.stack(changes, dim=-2), x if fusion.reads else None, y)
         return fused
     if isinstance(node, Split):
         return _by_token(node, adapters, x, y, rows)

@@ -35,6 +35,8 @@ class Site:
     stack: str
     layer: int
     width: int
+    norm: str = ""
+    """The pretrained norm that follows, where a target names one."""
 
 
 @dataclass(frozen=True)
@@ -105,32 +107,44 @@ def select_sites(sites: Sequence[Site], positions: Sequence[str], layers: str | 
 
 
 def target_sites(model: nn.Module, targets: str | Sequence[str], width: int) -> list[Site]:
-    """Turn named modules (a regular expression or name endings) into sites: the escape hatch.
+    """Turn named modules into sites: the escape hatch.
+
+    Args:
+        targets: a regular expression for whole names, or name endings. An ending may be `read -> write`, when the
+            adapter is to read the input of another module than it changes, or `read -> write -> norm`.
 
     Raises:
         SiteError: a name that matches no module.
     """
     names = [n for n, _ in model.named_modules() if n and ".adapter_slot" not in n]
+    stacks = list(_stacks(model))
     if isinstance(targets, str):
         hits = [n for n in names if re.fullmatch(targets, n)]
         if not hits:
             raise SiteError(f"target_modules={targets!r} matches no module of {type(model).__name__}.")
-    else:
-        hits = [n for n in names if any(n == t or n.endswith("." + t) for t in targets)]
-        unmatched = [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
-        if unmatched or not hits:
-            raise SiteError(f"target_modules: no module of {type(model).__name__} is named {unmatched!r}.")
-    stacks = list(_stacks(model))
-    return [_target(n, stacks, width) for n in hits]
+        return [_target((n,), stacks, width) for n in hits]
+    found: dict[str, tuple[str, ...]] = {}
+    for target in targets:
+        read, *rest = (part.strip() for part in target.split("->"))
+        write = rest[0] if rest else read
+        befores = [n[: len(n) - len(write)] for n in names if n == write or n.endswith("." + write)]
+        matches = [tuple(before + part for part in (read, *rest)) for before in befores]
+        there = [match for match in matches if all(part in names for part in match)]
+        if not there:
+            raise SiteError(f"target_modules: no module of {type(model).__name__} is named {target!r}.")
+        found.update({match[min(1, len(match) - 1)]: match for match in there})
+    order = {n: i for i, n in enumerate(names)}
+    return [_target(found[write], stacks, width) for write in sorted(found, key=lambda n: order[n])]
 
 
-def _target(name: str, stacks: list[tuple[str, list[tuple[str, nn.Module]]]], width: int) -> Site:
-    """Make a site of a module; outside all layers it has layer -1 of the stack it is nearest to."""
+def _target(names: tuple[str, ...], stacks: list[tuple[str, list[tuple[str, nn.Module]]]], width: int) -> Site:
+    """Make a site of named modules; outside all layers it has layer -1 of the stack it is nearest to."""
+    read, name, norm = (*names, names[0], "")[:3] if len(names) < 2 else (*names, "")[:3]
     for stack, blocks in stacks:
         for layer, (block, _) in enumerate(blocks):
             if f"{name}.".startswith(f"{block}."):
-                return Site(name, name, "target", stack, layer, width)
-    return Site(name, name, "target", nearest_stack(name, [stack for stack, _ in stacks]), -1, width)
+                return Site(name, read, "target", stack, layer, width, norm)
+    return Site(name, read, "target", nearest_stack(name, [stack for stack, _ in stacks]), -1, width, norm)
 
 
 def nearest_stack(name: str, stacks: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from interleaf import adapterhub
 from interleaf.card import model_card
 from interleaf.errors import InterleafError, StoreError
 from interleaf.files import new_folder
@@ -161,7 +162,10 @@ def load(
     Raises:
         StoreError: made for another base, or damaged; the model stays as it was.
     """
-    stored = read(path)
+    folder = _folder(path)
+    if adapterhub.is_adapterhub(folder):
+        return adapterhub.load(model, folder, name)
+    stored = read(folder)
     _same_base(stored, model._module, tokenizer)
     name = name or stored.record.get("name", "default")
     fresh = name not in model.adapters
@@ -235,7 +239,7 @@ def _folder(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=[WEIGHTS, CONFIG, RECORD, CARD]))
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.bin", CARD]))
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise StoreError(f"{path} is no folder here and could not be fetched from the hub: {reason}") from error

@@ -69,13 +69,10 @@ class AdapterTuner(BaseTuner):
         there = {name for slot in slots(model) for name in slot.adapters}
         if missing := [name for name in config.needs if name not in there]:
             raise AdapterError(f"{adapter_name!r} needs the adapter {missing[0]!r}: add or load it first.")
-        sites = config.sites(model)
         context = init_empty_weights if low_cpu_mem_usage else contextlib.nullcontext
         with context():
-            made = [(site, config.build(site)) for site in sites]
-        config.link([adapter for _, adapter in made], [adapters_at(model, site) for site in sites])
+            made = config.make(model, lambda site: adapters_at(model, site))
         for _, adapter in made:
-            adapter.tokens = config.tokens
             adapter.train(model.training)
             if adapter.composition is not None:
                 adapter.composition = Fuse(*adapter.composition.children, name=adapter_name)

@@ -7,6 +7,7 @@ from interleaf.adapters.glu import GLUConfig
 from interleaf.adapters.invertible import InvertibleConfig
 from interleaf.adapters.mtl import MTLConfig
 from interleaf.adapters.reft import ReftConfig
+from interleaf.adapters.union import UnionConfig
 
 __all__ = [
     "Bottleneck",
@@ -18,4 +19,5 @@ __all__ = [
     "InvertibleConfig",
     "MTLConfig",
     "ReftConfig",
+    "UnionConfig",
 ]

@@ -18,7 +18,7 @@ from interleaf.adapter import Adapter, AdapterConfig, register_adapter
 from interleaf.errors import ConfigError
 from interleaf.sites import Site
 
-CONNECTIONS = ("serial", "serial_input", "parallel", "skip")
+CONNECTIONS = ("serial", "serial_input", "parallel", "skip", "stream")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "houlsby": {"positions": ["attention", "ffn"], "activation": "silu", "reduction_factor": 16},
@@ -48,11 +48,12 @@ class BottleneckConfig(AdapterConfig):
     """A bottleneck adapter with two linear maps, or three when `down_dim` is given."""
 
     connection: str = "serial"
-    """How it joins the layer: serial (its output), serial_input (its input), parallel, skip."""
+    """How it joins the layer: serial (its output), serial_input (its input), parallel, skip; or stream: fed the
+    layer's output plus its input, through the pretrained norm if a target names one (AdapterHub's `seq_bn`)."""
     bottleneck_dim: int | None = None
     """Width R of the bottleneck; wins over reduction_factor."""
     reduction_factor: float | dict[str, float] = 16
-    """Model width over bottleneck width; or one per layer: {"0": 8, "default": 16}."""
+    """Model width over bottleneck width; or one per layer, by number or name: {"0": 8, "default": 16}."""
     down_dim: int | None = None
     """Width of the down-projection in the three-map form: down to down_dim, then to bottleneck_dim."""
     activation: str = "relu"
@@ -69,10 +70,11 @@ class BottleneckConfig(AdapterConfig):
     """LayerNorm before the down-projection."""
     norm_after: bool = False
     """LayerNorm on what the adapter adds, after the up-projection."""
-    gate: bool = False
-    """Multiply what the adapter adds with a learned sigmoid gate, one number a token.
+    gate: bool | str = False
+    """Multiply what the adapter adds with a learned sigmoid gate, one number a token (True).
 
-    Not the mean over the sequence: that would make a row depend on its padding, and cached generation wrong.
+    "sequence" takes the mean over the sequence, for adapters from AdapterHub: it makes a row depend on its padding,
+    and cached generation unlike uncached.
     """
     init: str = "zero_up"
     """Initialisation of the down-projection: zero_up (Kaiming) or houlsby (truncated normal, 0.01)."""
@@ -85,6 +87,8 @@ class BottleneckConfig(AdapterConfig):
             raise ConfigError(f"activation={self.activation!r}: expected one of {', '.join(sorted(ACT2FN))}.")
         if isinstance(self.scaling, str) and self.scaling not in ("learned", "channel"):
             raise ConfigError(f"scaling={self.scaling!r}: expected a number, 'learned' or 'channel'.")
+        if self.gate not in (True, False, "sequence"):
+            raise ConfigError(f"gate={self.gate!r}: expected True, False or 'sequence'.")
         if self.init not in ("zero_up", "houlsby"):
             raise ConfigError(f"init={self.init!r}: expected 'zero_up' or 'houlsby'.")
         for name in ("dropout", "stochastic_depth"):
@@ -103,7 +107,11 @@ class BottleneckConfig(AdapterConfig):
             return self.bottleneck_dim
         factor = self.reduction_factor
         if isinstance(factor, dict):
-            if (found := factor.get(str(site.layer), factor.get("default"))) is None:
+            named = next(
+                (f for name, f in factor.items() if f"{site.stack}.{site.layer}".endswith(name) and "." in name), None
+            )
+            found = named or factor.get(str(site.layer), factor.get("default"))
+            if found is None:
                 raise ConfigError(f"reduction_factor: no entry for layer {site.layer} and no 'default'.")
             factor = found
         return max(1, int(site.width // factor))
@@ -111,9 +119,17 @@ class BottleneckConfig(AdapterConfig):
     def build(self, site: Site) -> Adapter:
         return Bottleneck(site.width, self.width_at(site), self)
 
+    def link(
+        self, model: nn.Module, sites: list[Site], adapters: list[Adapter], others: list[dict[str, Adapter]]
+    ) -> None:
+        """Let an adapter on the residual stream use the pretrained norm that its target names."""
+        for site, adapter in zip(sites, adapters, strict=True):
+            if site.norm:
+                adapter.__dict__["norm"] = model.get_submodule(site.norm)  # past nn.Module: it stays the base's own
+
 
 class Bottleneck(Adapter):
-    """`y' = y + s * up(act(down(z)))` with `z` the site's output, input or own input by connection.
+    """`y' = y + s * up(act(down(z)))` with `z` the site's output, input, own input or their sum by connection.
 
     With `down_dim` there is a middle map: `up(act(middle(act(down(z)))))`. All connections start as the
     identity, except serial without and parallel or skip with the inner residual, which cannot.
@@ -127,7 +143,9 @@ class Bottleneck(Adapter):
     def __init__(self, input_dim: int, bottleneck_dim: int, config: BottleneckConfig) -> None:
         super().__init__()
         serial = config.connection.startswith("serial")
-        self.reads = config.connection == "parallel"
+        self.reads = config.connection in ("parallel", "stream")
+        self.on_stream = config.connection == "stream"
+        self.sequence_gate = config.gate == "sequence"
         self.before = config.connection == "serial_input"
         residual = serial if config.residual is None else config.residual
         # what is added without a factor: the residual stream's own y, and the inner residual under s
@@ -166,6 +184,7 @@ class Bottleneck(Adapter):
             h = self.norm_after(h)
         if self.gate is not None:
             gate = torch.sigmoid(self.gate(z))
+            gate = gate.mean(dim=-2, keepdim=True) if self.sequence_gate else gate
             self.observe("gate", gate)
             h = h * gate
         if self.training and self.stochastic_depth:
@@ -174,7 +193,9 @@ class Bottleneck(Adapter):
         return h if self.dropout is None else self.dropout(h)
 
     def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
-        z = y if x is None else x
+        z = y if x is None else x + y if self.on_stream else x
+        if (norm := self.__dict__.get("norm")) is not None:
+            z = norm(z)
         # weights may be float32 beside a bf16 base: the adapter computes in its own precision
         dtype = self.down.weight.dtype
         change = self.delta(z if z.dtype == dtype else z.to(dtype))

@@ -28,6 +28,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 class CompacterConfig(AdapterConfig):
     """A serial bottleneck whose two maps are `sum_i A_i (x) (L_i R_i)`, the rule `A` shared by all sites."""
 
+    connection: str = "serial"
+    """How it joins the layer: serial (fed its output), or stream (its output plus its input, as in `bottleneck`)."""
+    bottleneck_dim: int | None = None
+    """Width R of the bottleneck; wins over reduction_factor. phm_dim divides it."""
     reduction_factor: float = 32
     """Model width over bottleneck width."""
     phm_dim: int = 4
@@ -41,6 +45,8 @@ class CompacterConfig(AdapterConfig):
         super().__post_init__()
         if self.activation not in ACT2FN:
             raise ConfigError(f"activation={self.activation!r}: expected one of {', '.join(sorted(ACT2FN))}.")
+        if self.connection not in ("serial", "stream"):
+            raise ConfigError(f"connection={self.connection!r}: expected serial or stream.")
         for name in ("phm_dim", "phm_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 1 or more.")
@@ -55,14 +61,23 @@ class CompacterConfig(AdapterConfig):
         """
         if site.width % self.phm_dim:
             raise ConfigError(f"phm_dim={self.phm_dim} does not divide the model's width {site.width}.")
+        if self.bottleneck_dim is not None:
+            if self.bottleneck_dim < 1 or self.bottleneck_dim % self.phm_dim:
+                raise ConfigError(f"phm_dim={self.phm_dim} does not divide bottleneck_dim={self.bottleneck_dim}.")
+            return self.bottleneck_dim
         wanted = site.width / self.reduction_factor
         return max(1, round(wanted / self.phm_dim)) * self.phm_dim
 
     def build(self, site: Site) -> Adapter:
         return Compacter(site.width, self.width_at(site), self)
 
-    def link(self, adapters: list[Adapter], others: list[dict[str, Adapter]]) -> None:
-        """Let all sites use the first one's rule."""
+    def link(
+        self, model: nn.Module, sites: list[Site], adapters: list[Adapter], others: list[dict[str, Adapter]]
+    ) -> None:
+        """Let all sites use the first one's rule, and on the residual stream the pretrained norm."""
+        for site, adapter in zip(sites, adapters, strict=True):
+            if site.norm:
+                adapter.__dict__["norm"] = model.get_submodule(site.norm)
         for adapter in adapters[1:]:
             adapter.__dict__["lender"] = adapters[0]  # past nn.Module: not a child
             adapter.rule = None  # type: ignore[assignment]
@@ -106,6 +121,7 @@ class Compacter(Adapter):
 
     def __init__(self, width: int, bottleneck_dim: int, config: CompacterConfig) -> None:
         super().__init__()
+        self.reads = config.connection == "stream"
         self.rule = nn.Parameter(torch.empty(config.phm_dim, config.phm_dim, config.phm_dim))
         nn.init.normal_(self.rule, std=config.phm_dim**-0.5)
         self.down = PHMLinear(width, bottleneck_dim, config)
@@ -115,5 +131,8 @@ class Compacter(Adapter):
 
     def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
         rule = self.__dict__.get("lender", self).rule
-        change = self.up(self.activation(self.down(y.to(rule.dtype), rule)), rule)
+        z = y if x is None else x + y
+        if (norm := self.__dict__.get("norm")) is not None:
+            z = norm(z)
+        change = self.up(self.activation(self.down(z.to(rule.dtype), rule)), rule)
         return y + change.to(y.dtype)

@@ -30,11 +30,15 @@ class FusionConfig(AdapterConfig):
     """Weight of the squared distance of the value matrix from the identity in the training loss."""
     dropout: float = 0.0
     """Dropout on the attention's scores while training."""
+    query: str = "output"
+    """What asks: the layer's output, or the residual stream, as its children with connection stream see it."""
     temperature: float = 1.0
     """Divisor of the attention's scores."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.query not in ("output", "stream"):
+            raise ConfigError(f"query={self.query!r}: expected output or stream.")
         if self.temperature <= 0:
             raise ConfigError(f"temperature={self.temperature}: expected more than 0.")
 
@@ -42,6 +46,14 @@ class FusionConfig(AdapterConfig):
     def needs(self) -> list[str]:
         """The fused adapters."""
         return list(dict.fromkeys(name for child in self.children for name in leaves(parse(child))))
+
+    def link(
+        self, model: nn.Module, sites: list[Site], adapters: list[Adapter], others: list[dict[str, Adapter]]
+    ) -> None:
+        """Let a query from the residual stream use the pretrained norm that the children use."""
+        for site, adapter in zip(sites, adapters, strict=True):
+            if self.query == "stream" and site.norm:
+                adapter.__dict__["norm"] = model.get_submodule(site.norm)  # past nn.Module: it stays the base's own
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Return every site where one of the children has an adapter.
@@ -67,6 +79,7 @@ class Fusion(Adapter):
 
     def __init__(self, width: int, config: FusionConfig) -> None:
         super().__init__()
+        self.reads = config.query == "stream"
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width, bias=False) if config.value else None
@@ -80,22 +93,27 @@ class Fusion(Adapter):
         self.regularization = config.regularization
         self.composition = Fuse(*(parse(child) for child in config.children), name="?")
 
-    def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
+    def fuse(self, changes: Tensor, x: Tensor | None, y: Tensor) -> Tensor:
         """Return the new `y`.
 
         Args:
-            x: what the children change, shape [B, T, N, D].
+            changes: what the children change, shape [B, T, N, D].
+            x: what the site reads, shape [B, T, D]; None unless the stream asks.
             y: what the site writes, shape [B, T, D].
         """
-        if x is None:
-            raise ConfigError("a fusion runs over its children's changes; it has no input of its own.")
         dtype = self.query.weight.dtype
-        changes = x.to(dtype)
-        scores = (self.key(changes) @ self.query(y.to(dtype)).unsqueeze(-1)).squeeze(-1)
+        changes, asking = changes.to(dtype), y if x is None else x + y
+        if (norm := self.__dict__.get("norm")) is not None:
+            asking = norm(asking)
+        scores = (self.key(changes) @ self.query(asking.to(dtype)).unsqueeze(-1)).squeeze(-1)
         attention = torch.softmax(self.dropout(scores) / self.temperature, dim=-1)
         self.observe("attention", attention)
         values = changes if self.value is None else self.value(changes)
         return y + (attention.unsqueeze(-2) @ values).squeeze(-2).to(y.dtype)
+
+    def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
+        """Refuse: a fusion runs over what its children change; `interpret.run` calls `fuse`."""
+        raise ConfigError("a fusion has no input of its own: run it by its name or in fuse(...).")
 
     def penalty(self) -> Tensor | None:
         """Return the regularisation term: the value matrix's squared distance from the identity, weighted."""

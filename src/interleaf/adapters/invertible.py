@@ -7,7 +7,7 @@ Dhariwal 2018 (1807.03039).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from interleaf.adapter import Adapter, AdapterConfig, register_adapter
-from interleaf.errors import ConfigError, SiteError
-from interleaf.sites import Site, nearest_stack, stack_names
+from interleaf.errors import ConfigError
+from interleaf.sites import Site, find_sites, nearest_stack, stack_names
 
 PRESETS: dict[str, dict[str, Any]] = {"nice": {}, "glow": {"coupling": "affine"}}
 
@@ -28,6 +28,8 @@ class InvertibleConfig(AdapterConfig):
 
     coupling: str = "additive"
     """How one half changes the other: additive (NICE) or affine (GLOW)."""
+    undo: bool = True
+    """Undo it before the words are predicted, where the model has a language-model head of its width."""
     reduction_factor: float = 2
     """Half the embeddings' width over the width of the networks inside."""
     activation: str = "relu"
@@ -43,45 +45,25 @@ class InvertibleConfig(AdapterConfig):
             raise ConfigError(f"reduction_factor={self.reduction_factor}: expected more than 0.")
 
     def sites(self, model: Any) -> list[Site]:
-        """Return the embeddings, and the language-model head if the model has one.
-
-        Raises:
-            SiteError: the model has no token embeddings, or reads its input otherwise.
-        """
-        try:
-            tokens: Any = model.get_input_embeddings()
-        except (AttributeError, NotImplementedError):
-            tokens = None
-        weight = getattr(tokens, "weight", None)
-        if weight is None:
-            raise SiteError(f"{type(model).__name__} has no token embeddings for an invertible adapter.")
-        width = int(weight.shape[-1])
-        tables = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding) and m.weight is weight]
-        stacks = stack_names(model)
-        names = [_whole_embeddings(table, stacks) for table in tables]
-        found = [Site(n, n, "embedding", nearest_stack(n, stacks), -1, width) for n in names]
-        head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        if head is not None:
+        """Return where the embeddings enter the first layer, and the language-model head if that is to undo it."""
+        first = next(s for s in find_sites(model, self.input_dim) if s.position == "block")
+        found = [replace(first, position="embedding")]
+        head: Any = model.get_output_embeddings() if self.undo and hasattr(model, "get_output_embeddings") else None
+        if head is not None and head.weight.shape[-1] == first.width:
             name = next(n for n, m in model.named_modules() if m is head)
-            found.append(Site(name, name, "unembedding", nearest_stack(name, stacks), -1, width))
+            found.append(Site(name, name, "unembedding", nearest_stack(name, stack_names(model)), -1, first.width))
         return found
 
     def build(self, site: Site) -> Adapter:
         return Invertible(site.width, self, undo=site.position == "unembedding")
 
-    def link(self, adapters: list[Adapter], others: list[dict[str, Adapter]]) -> None:
+    def link(
+        self, model: nn.Module, sites: list[Site], adapters: list[Adapter], others: list[dict[str, Adapter]]
+    ) -> None:
         """Let every site use the first one's networks."""
         for adapter in adapters[1:]:
             adapter.__dict__["lender"] = adapters[0]  # past nn.Module: not a child
             adapter.first = adapter.second = None  # type: ignore[assignment]
-
-
-def _whole_embeddings(table: str, stacks: list[str]) -> str:
-    """Name the module around a table that ends in the embeddings of words, places and types."""
-    name = table
-    while (parent := name.rpartition(".")[0]) and not any(f"{s}.".startswith(f"{parent}.") for s in stacks):
-        name = parent
-    return name
 
 
 class Invertible(Adapter):
@@ -95,7 +77,7 @@ class Invertible(Adapter):
 
     def __init__(self, width: int, config: InvertibleConfig, undo: bool) -> None:
         super().__init__()
-        self.before = self.undo = undo
+        self.before, self.undo = True, undo
         self.affine = config.coupling == "affine"
         self.halves = (width // 2, width - width // 2)
         self.first = self._network(self.halves[1], self.halves[0], config)

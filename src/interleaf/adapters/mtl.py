@@ -49,7 +49,9 @@ class MTLConfig(AdapterConfig):
     def build(self, site: Site) -> Adapter:
         return MTL(site.width, self)
 
-    def link(self, adapters: list[Adapter], others: list[dict[str, Adapter]]) -> None:
+    def link(
+        self, model: nn.Module, sites: list[Site], adapters: list[Adapter], others: list[dict[str, Adapter]]
+    ) -> None:
         """Let each site's adapter use the shared part of the one it names.
 
         Raises:
