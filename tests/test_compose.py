@@ -378,15 +378,26 @@ def test_parallel_generates_side_by_side(name: str) -> None:
         assert torch.equal(together[3 * i : 3 * i + 3], check_generation(model, {}))
 
 
+NESTED = "stack(parallel(average(a, b), fuse(a, b)), split(a, c, splits=[2, 4]))"
+BY_ROW = ["parallel(a, b)", "batch_split(a, b, batch_sizes=1)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "setup"), [*((name, NESTED) for name in TINY), *(("llama", setup) for setup in [*SETUPS, *BY_ROW])]
+)
+def test_it_compiles_to_one_graph(name: str, setup: str) -> None:
+    model = three(name, fusion=True)
+    model.set_adapter(setup)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["bert", "llama", "t5", "mixtral"])
-@pytest.mark.parametrize("setup", [*SETUPS, "parallel(a, b)", "batch_split(a, b, batch_sizes=1)"])
-def test_gradient_checkpointing_and_compilation(name: str, setup: str) -> None:
+@pytest.mark.parametrize("setup", [*SETUPS, *BY_ROW])
+def test_gradients_are_the_same_under_gradient_checkpointing(name: str, setup: str) -> None:
     model = three(name, fusion=True)
     model.train_adapter(setup)
-    torch._dynamo.reset()
-    compiled = torch.compile(model.eval(), backend="eager", fullgraph=True)
-    torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-4, atol=1e-5)
-    model.train()
 
     def gradients() -> dict[str, Tensor]:
         model.zero_grad()

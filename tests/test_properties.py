@@ -165,7 +165,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, way: str) ->
         model.activation_checkpointing_disable()
         assert checkpointed.keys() == plain.keys()
         for key, value in plain.items():
-            torch.testing.assert_close(checkpointed[key], value)
+            # gradients of 20 and more, summed in another order
+            torch.testing.assert_close(checkpointed[key], value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", GENERATORS)
@@ -190,15 +191,19 @@ def test_generation_with_a_fresh_adapter_is_the_bases(name: str) -> None:
 
 
 @EVERY_TINY
-@EVERY_WAY
-def test_it_compiles_without_a_graph_break_where_the_base_does(name: str, way: str) -> None:
+def test_it_compiles_without_a_graph_break_where_the_base_does(name: str) -> None:
     torch._dynamo.reset()
     base = torch.compile(build(name), backend="eager", fullgraph=True)
-    assert logits(base).isfinite().all()  # every base of the zoo compiles to one graph
+    plain = logits(base)  # every base of the zoo compiles to one graph
     torch._dynamo.reset()
-    model = adapted(name, way, trained=True)
+    model: Any = interleaf.adapt(build(name))
+    for way, config in WAYS.items():
+        model.add_adapter(way, config, layers="last:1")
+    model.train_adapter(list(WAYS))  # all ways in at once: tracing is slow
+    randomise(model.eval(), std=0.05)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled), logits(model))
+    assert not torch.allclose(plain, logits(model))
 
 
 @EVERY
