@@ -18,7 +18,7 @@ from interleaf import bundled
 from interleaf.errors import ConfigError, DataError, StoreError, TrainingError
 from interleaf.metrics import classification_metrics, headline
 from interleaf.tasks import TextClassification
-from interleaf.tasks.base import read_texts
+from interleaf.tasks.rows import read_texts
 
 ROWS = [{"text": f'Nummer {i}: äöü, "quoted"', "label": "ab"[i % 2]} for i in range(20)]
 

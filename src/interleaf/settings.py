@@ -24,7 +24,9 @@ class TrainSettings:
     dev: str | None = None
     """Held-out data; by default a stratified share of the training data."""
     task: str = "classification"
-    """What is learnt."""
+    """What is learnt: classification, translation or code."""
+    task_options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the task that differ from its own."""
     name: str = "adapter"
     """Name of the adapter."""
     adapter: str = "pfeiffer"
@@ -33,10 +35,8 @@ class TrainSettings:
     """Settings that differ from the preset's."""
     text: str | None = None
     """Column of the text; found if not given."""
-    text_pair: str | None = None
-    """Column of a second text."""
     label: str | None = None
-    """Column of the label; found if not given."""
+    """Column of the label, or of the text to generate; found if not given."""
     max_length: int = 128
     """Longest input in tokens; longer texts are cut."""
     epochs: float = 5
@@ -68,17 +68,15 @@ class TrainSettings:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected more than {low}.")
         if not 0 < self.dev_fraction < 1:
             raise ConfigError(f"dev_fraction={self.dev_fraction}: expected between 0 and 1.")
-        if self.task != "classification":
-            raise ConfigError(f"task={self.task!r}: expected 'classification'.")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings that describe the result, without those that only steer this machine."""
         hidden = ("overwrite", "resume", "out")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in hidden}
 
-    def task_options(self) -> dict[str, Any]:
+    def task_arguments(self) -> dict[str, Any]:
         """Return what the task object is made with."""
-        return {n: getattr(self, n) for n in ("text", "text_pair", "label", "max_length")}
+        return {**{n: getattr(self, n) for n in ("text", "label", "max_length")}, **self.task_options}
 
 
 def read_settings(path: str | Path | None, flags: Mapping[str, Any]) -> TrainSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -11,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -24,7 +24,8 @@ from interleaf.settings import TrainSettings
 from interleaf.sites import Site
 from interleaf.store import Adaptation
 from interleaf.tasks import TASKS
-from interleaf.tasks.base import Splits, Task, shortest_first
+from interleaf.tasks.base import Splits, Task
+from interleaf.tasks.rows import shortest_first
 
 CHECKPOINTS = ".checkpoints"
 
@@ -36,6 +37,7 @@ class Plan:
     base: str
     task: str
     labels: list[str]
+    dropped: dict[str, int]
     train_rows: int
     dev_rows: int
     steps: int
@@ -75,6 +77,7 @@ class Run:
             base=self.settings.base,
             task=self.task.name,
             labels=list(self.task.labels or []),
+            dropped=self.splits.dropped,
             train_rows=len(self.splits.train),
             dev_rows=len(self.splits.dev),
             steps=math.ceil(steps),
@@ -112,7 +115,7 @@ class Run:
         start = time.monotonic()
         scratch = Path(self.settings.out + CHECKPOINTS)
         trainer = fit(self.model, self.task, self.tokenizer, self.splits, self.settings, scratch, callbacks)
-        metrics = evaluate_splits(trainer, self.task)
+        metrics = self.task.evaluate(self.model, self.tokenizer, self.splits.dev, 2 * self.settings.batch_size)
         self.model.peft_config[self.settings.name].base_model_name_or_path = self.settings.base
         path = self.model.save_adapter(
             self.settings.out,
@@ -134,7 +137,7 @@ def prepare(settings: TrainSettings) -> Run:
     """
     refuse_existing(Path(settings.out), settings.overwrite)
     _check_scratch(settings)
-    task = TASKS[settings.task](**settings.task_options())
+    task = make_task(settings)
     splits = task.load(
         settings.train, settings.dev, dev_fraction=settings.dev_fraction, seed=settings.seed, limit=settings.limit
     )
@@ -144,6 +147,22 @@ def prepare(settings: TrainSettings) -> Run:
     model.add_adapter(settings.name, as_config(settings.adapter, **settings.adapter_options))
     model.train_adapter(settings.name)
     return Run(settings, task, model, tokenizer, splits)
+
+
+def make_task(settings: TrainSettings) -> Task:
+    """Make the task object of a run.
+
+    Raises:
+        ConfigError: an unknown task, or a setting that the task does not have.
+    """
+    if settings.task not in TASKS:
+        raise ConfigError(f"there is no task {settings.task!r}. There are: {', '.join(TASKS)}.")
+    cls = TASKS[settings.task]
+    known = inspect.signature(cls).parameters
+    if unknown := sorted(settings.task_options.keys() - known.keys()):
+        raise ConfigError(f"task_options: {settings.task} has no {unknown[0]!r}. It has: {', '.join(known)}.")
+    made: Task = cls(**settings.task_arguments())
+    return made
 
 
 def _check_scratch(settings: TrainSettings) -> None:
@@ -167,7 +186,7 @@ def fit(
 ) -> Trainer:
     """Run the Trainer over whatever of `model` trains; its best epoch is loaded at the end."""
     on_disk = isinstance(model, AdaptedModel) and bool(model.adapters)
-    arguments = training_arguments(settings, scratch, task.best_metric, keep=on_disk)
+    arguments = training_arguments(settings, scratch, task, keep=on_disk)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -212,7 +231,7 @@ def _is_json(path: Path) -> bool:
         return False
 
 
-def training_arguments(settings: TrainSettings, scratch: Path, best: str, keep: bool) -> TrainingArguments:
+def training_arguments(settings: TrainSettings, scratch: Path, task: Task, keep: bool) -> TrainingArguments:
     """Turn settings into the Trainer's arguments; `keep` says whether checkpoints are written."""
     return TrainingArguments(
         output_dir=str(scratch),
@@ -229,8 +248,9 @@ def training_arguments(settings: TrainSettings, scratch: Path, best: str, keep: 
         save_strategy="epoch" if keep else "no",
         save_total_limit=2,
         load_best_model_at_end=keep,
-        metric_for_best_model=best,
-        greater_is_better=True,
+        metric_for_best_model=task.best_metric,
+        greater_is_better=task.best_metric != "loss",
+        prediction_loss_only=task.compute_metrics is None,
         logging_steps=10,
         logging_nan_inf_filter=False,
         report_to=[],
@@ -239,12 +259,6 @@ def training_arguments(settings: TrainSettings, scratch: Path, best: str, keep: 
         dataloader_pin_memory=torch.cuda.is_available(),
         activation_checkpointing=settings.activation_checkpointing,
     )
-
-
-def evaluate_splits(trainer: Trainer, task: Task) -> dict[str, Any]:
-    """Return the task's full metrics on the dev split."""
-    output = trainer.predict(trainer.eval_dataset)
-    return task.report(np.asarray(output.label_ids), np.asarray(output.predictions))
 
 
 class StopOnNaN(TrainerCallback):
@@ -282,4 +296,4 @@ def environment() -> dict[str, Any]:
     }
 
 
-__all__ = ["Plan", "Result", "Run", "environment", "evaluate_splits", "fit", "prepare"]
+__all__ = ["Plan", "Result", "Run", "environment", "fit", "prepare"]

@@ -21,7 +21,7 @@ def predict(
 ) -> None:
     """Predict with a stored adapter, a line for each text."""
     from interleaf.evaluate import open_adapter
-    from interleaf.tasks.base import read_texts
+    from interleaf.tasks.rows import read_texts
 
     quiet()
     rows = read_texts(texts, column)

@@ -28,6 +28,10 @@ def train(
     set: Annotated[
         list[str] | None, typer.Option(help="Adapter setting as key=value, for example layers=last:3.")
     ] = None,
+    task: Annotated[str | None, typer.Option(help="classification, translation or code.")] = None,
+    task_set: Annotated[
+        list[str] | None, typer.Option(help="Task setting as key=value, for example num_beams=4.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the adapter.")] = None,
     text: Annotated[str | None, typer.Option(help="Column of the text; found if not given.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label; found if not given.")] = None,
@@ -43,11 +47,13 @@ def train(
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train an adapter on a task; the base stays frozen."""
-    flags = {k: v for k, v in locals().items() if k not in ("config", "set", "json")}
+    flags = {k: v for k, v in locals().items() if k not in ("config", "set", "task_set", "json")}
     settings = read_settings(config, flags)
-    if set:
-        options = {**settings.adapter_options, **_options(set)}
-        settings = dataclasses.replace(settings, adapter_options=options)
+    settings = dataclasses.replace(
+        settings,
+        adapter_options={**settings.adapter_options, **_options(set or [])},
+        task_options={**settings.task_options, **_options(task_set or [])},
+    )
     from interleaf.train import prepare
 
     quiet()
@@ -71,7 +77,7 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ConfigError(f"--set {pair}: expected key=value.")
+            raise ConfigError(f"{pair}: expected key=value.")
         options[key] = yaml.safe_load(value)
     return options
 
@@ -82,7 +88,9 @@ def show_plan(plan: Plan) -> None:
     share = 100 * trained / plan.base_parameters
     rows = [
         ["base", f"{plan.base}, {plan.base_parameters:,} parameters, frozen"],
-        ["data", f"{plan.train_rows:,} rows to train on, {plan.dev_rows:,} held out; labels {', '.join(plan.labels)}"],
+        ["data", f"{plan.train_rows:,} rows to train on, {plan.dev_rows:,} held out"],
+        *([["labels", ", ".join(plan.labels)]] if plan.labels else []),
+        *([["left out", ", ".join(f"{n:,} rows {why}" for why, n in plan.dropped.items())]] if plan.dropped else []),
         ["adapter", f"{plan.adapter_parameters:,} parameters at {len(plan.sites)} sites: {_short(plan.sites)}"],
         ["head", f"{plan.head_parameters:,} parameters"],
         ["trained", f"{trained:,} parameters, {share:.2f}% of the base"],

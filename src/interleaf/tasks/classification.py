@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from interleaf.base import load_base
 from interleaf.errors import DataError
 from interleaf.metrics import classification_metrics, headline
-from interleaf.tasks.base import LABEL_COLUMNS, TEXT_COLUMNS, Splits, find_column, read_rows
+from interleaf.tasks.base import Splits
+from interleaf.tasks.rows import LABEL_COLUMNS, TEXT_COLUMNS, find_column, no_gaps, read_rows, shortest_first
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,7 +81,7 @@ class TextClassification:
             **({"text_pair": find_column(data, self.text_pair, (), "text_pair")} if self.text_pair else {}),
         }
         for column in [*columns.values(), label]:
-            _no_gaps(data[column], column, ref)
+            no_gaps(data[column], column, ref)
         names = _label_names(data, label)
         kept = data.select_columns(list(columns.values())).rename_columns({v: k for k, v in columns.items() if v != k})
         return kept, names
@@ -166,12 +167,28 @@ class TextClassification:
 
     def compute_metrics(self, prediction: Any) -> dict[str, float]:
         """Return the headline metrics, in the Trainer's form."""
-        return headline(self.report(prediction.label_ids, prediction.predictions))
+        return headline(self._report(prediction.label_ids, prediction.predictions))
 
-    def report(self, true: Any, scores: Any) -> dict[str, Any]:
+    def _report(self, true: Any, scores: Any) -> dict[str, Any]:
         """Return all metrics on class numbers [N] and scores [N, C]."""
         scores = scores[0] if isinstance(scores, tuple) else scores  # BART and T5 return states beside logits
         return classification_metrics(true, scores, self.labels or [])
+
+    def evaluate(self, model: Any, tokenizer: Any, data: Dataset, batch_size: int = 64) -> dict[str, Any]:
+        """Return all metrics on rows."""
+        import numpy as np
+        import torch
+
+        rows = shortest_first(self.encode(data, tokenizer))
+        loader = torch.utils.data.DataLoader(rows, batch_size=batch_size, collate_fn=self.collator(tokenizer))
+        true, scores = [], []
+        model.eval()
+        with torch.inference_mode():
+            for batch in loader:
+                batch = {k: v.to(model.device) for k, v in batch.items()}
+                true.append(batch.pop("labels").cpu().numpy())
+                scores.append(model(**batch).logits.float().cpu().numpy())
+        return self._report(np.concatenate(true), np.concatenate(scores))
 
     def predict(
         self, model: Any, tokenizer: Any, texts: Iterable[str], batch_size: int = 32
@@ -216,9 +233,3 @@ def _label_names(data: Dataset, column: str) -> list[str]:
 
 def _plain(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
-
-
-def _no_gaps(values: Iterable[Any], column: str, ref: str) -> None:
-    empty = [i for i, v in enumerate(values) if v is None or v != v or not str(v).strip()]
-    if empty:
-        raise DataError(f"{ref}: column {column!r} is empty in {len(empty)} rows, the first is row {empty[0] + 1}.")
