@@ -130,3 +130,12 @@ def base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     """Tell whether two sets of tensors are equal bit for bit."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def tiny_lm(name: str, vocab_size: int) -> Any:
+    """Return a tiny random model that generates, with another vocabulary than the zoo's."""
+    torch.manual_seed(0)
+    if name == "t5":
+        sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
+        return T5ForConditionalGeneration(T5Config(vocab_size=vocab_size, **sizes, **SEQ2SEQ))
+    return LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **{**COMMON, "vocab_size": vocab_size}))

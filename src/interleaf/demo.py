@@ -113,7 +113,7 @@ def _head_only(settings: TrainSettings, callbacks: tuple[Any, ...]) -> Arm:
     set_seed(settings.seed)
     scratch = Path(tempfile.mkdtemp())
     try:
-        trainer = fit(made.model, made.task, made.tokenizer, made.splits, settings, scratch, callbacks)
+        fit(made.model, made.task, made.tokenizer, made.splits, settings, scratch, callbacks)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     metrics = headline(made.task.evaluate(made.model, made.tokenizer, made.splits.dev))

@@ -114,8 +114,10 @@ class Run:
         """
         start = time.monotonic()
         scratch = Path(self.settings.out + CHECKPOINTS)
+        base = self.base_metrics()
         trainer = fit(self.model, self.task, self.tokenizer, self.splits, self.settings, scratch, callbacks)
         metrics = self.task.evaluate(self.model, self.tokenizer, self.splits.dev, 2 * self.settings.batch_size)
+        metrics |= {"base": base} if base else {}
         self.model.peft_config[self.settings.name].base_model_name_or_path = self.settings.base
         path = self.model.save_adapter(
             self.settings.out,
@@ -127,6 +129,13 @@ class Run:
         shutil.rmtree(scratch, ignore_errors=True)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return Result(path, metrics, trained, time.monotonic() - start, trainer.state.log_history)
+
+    def base_metrics(self) -> dict[str, Any] | None:
+        """Measure the untouched base, where it can do the task without a head that has to be learnt first."""
+        if self.summary().head_parameters:
+            return None
+        with self.model.disable_adapter():
+            return self.task.evaluate(self.model, self.tokenizer, self.splits.dev, 2 * self.settings.batch_size)
 
 
 def prepare(settings: TrainSettings) -> Run:

@@ -51,16 +51,23 @@ class Translation(Generation):
             if not hasattr(found, setting):
                 raise ConfigError(f"the tokenizer of {base} knows no languages: leave out source_lang and target_lang.")
             try:
+                known = self._language_id(found, code) != found.unk_token_id
                 setattr(found, setting, code)
-            except KeyError as error:
-                raise ConfigError(f"the tokenizer of {base} does not know the language {code!r}.") from error
+            except KeyError:
+                known = False
+            if not known:
+                raise ConfigError(f"the tokenizer of {base} does not know the language {code!r}.")
         return found
+
+    @staticmethod
+    def _language_id(tokenizer: Any, code: str) -> int:
+        named: Callable[[str], int] | None = getattr(tokenizer, "get_lang_id", None)
+        return (named or tokenizer.convert_tokens_to_ids)(code)
 
     def generation(self, tokenizer: Any) -> dict[str, Any]:
         if self.target_lang is None or not self.encoder_decoder:
             return {}
-        named: Callable[[str], int] | None = getattr(tokenizer, "get_lang_id", None)
-        return {"forced_bos_token_id": (named or tokenizer.convert_tokens_to_ids)(self.target_lang)}
+        return {"forced_bos_token_id": self._language_id(tokenizer, self.target_lang)}
 
     def finish(self, text: str) -> str:
         # a decoder that goes on after the translation begins a new line
