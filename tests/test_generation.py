@@ -99,7 +99,7 @@ def test_what_holds_no_pairs_is_refused(tmp_path: Path, name: str, text: str, sa
 def test_files_that_are_not_aligned_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("one\ntwo\n", "utf-8")
     (tmp_path / "b").write_text("um\n", "utf-8")
-    with pytest.raises(DataError, match="2 lines and .* 1: they are not aligned"):
+    with pytest.raises(DataError, match=r"2 lines and .* 1: they are not aligned"):
         Translation().load(f"{tmp_path}/a,{tmp_path}/b")
 
 
@@ -135,7 +135,7 @@ def test_what_belongs_together_stays_together(tmp_path: Path) -> None:
     named = Translation(group="book", dev_groups=["b", "d"]).load(ref, limit=5)
     assert set(named.dev["group"]) == {"b", "d"}
     assert len(named.train) == 5
-    with pytest.raises(DataError, match="no group 'x'. It has: a, b, c, d, e"):
+    with pytest.raises(DataError, match=r"no group 'x'\. It has: a, b, c, d, e"):
         Translation(group="book", dev_groups=["x"]).load(ref)
     with pytest.raises(DataError, match="no column 'chapter'"):
         Translation(group="chapter").load(ref)
@@ -182,7 +182,7 @@ def test_a_prompt_may_hold_other_columns(bases: dict[str, str], tmp_path: Path) 
         list(task.predict(None, tokenizer, ["a = "]))
     with pytest.raises(DataError, match="no column 'suffix'"):
         task.load_one(write(tmp_path / "other.jsonl", [{"prompt": "a", "completion": "b"}]))
-    with pytest.raises(ConfigError, match="has no {text}"):
+    with pytest.raises(ConfigError, match=r"has no \{text\}"):
         Code(prompt="nothing")
 
 

@@ -57,6 +57,8 @@ class TrainSettings:
     """Seed of the split, the initialisation and the order of rows."""
     activation_checkpointing: bool = False
     """Compute activations twice to save memory."""
+    compare: dict[str, Any] = field(default_factory=dict)
+    """What `interleaf compare` does besides; see its help."""
     overwrite: bool = False
     """Replace what is at `out`."""
     resume: bool = False
@@ -71,7 +73,7 @@ class TrainSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings that describe the result, without those that only steer this machine."""
-        hidden = ("overwrite", "resume", "out")
+        hidden = ("overwrite", "resume", "out", "compare")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in hidden}
 
     def task_arguments(self) -> dict[str, Any]:

@@ -194,8 +194,7 @@ def fit(
     callbacks: tuple[TrainerCallback, ...] = (),
 ) -> Trainer:
     """Run the Trainer over whatever of `model` trains; its best epoch is loaded at the end."""
-    on_disk = isinstance(model, AdaptedModel) and bool(model.adapters)
-    arguments = training_arguments(settings, scratch, task, keep=on_disk)
+    arguments = training_arguments(settings, scratch, task)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -240,8 +239,8 @@ def _is_json(path: Path) -> bool:
         return False
 
 
-def training_arguments(settings: TrainSettings, scratch: Path, task: Task, keep: bool) -> TrainingArguments:
-    """Turn settings into the Trainer's arguments; `keep` says whether checkpoints are written."""
+def training_arguments(settings: TrainSettings, scratch: Path, task: Task) -> TrainingArguments:
+    """Turn settings into the Trainer's arguments."""
     return TrainingArguments(
         output_dir=str(scratch),
         num_train_epochs=settings.epochs,
@@ -252,11 +251,10 @@ def training_arguments(settings: TrainSettings, scratch: Path, task: Task, keep:
         warmup_steps=settings.warmup,
         lr_scheduler_type="linear",
         train_sampling_strategy="group_by_length",
-        # without checkpoints there is no best epoch to choose: the last is measured, once
-        eval_strategy="epoch" if keep else "no",
-        save_strategy="epoch" if keep else "no",
+        eval_strategy="epoch",
+        save_strategy="epoch",
         save_total_limit=2,
-        load_best_model_at_end=keep,
+        load_best_model_at_end=True,
         metric_for_best_model=task.best_metric,
         greater_is_better=task.best_metric != "loss",
         prediction_loss_only=task.compute_metrics is None,

@@ -229,13 +229,13 @@ def teach_trainer(adapted_cls: Any) -> None:
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.model if model is None else model
-        if isinstance(model, adapted_cls):
+        if isinstance(model, adapted_cls) and model.adapters:
             model.load_adapter(resume_from_checkpoint, model.active_adapters()[0], is_trainable=True)
         else:
             load_checkpoint(self, resume_from_checkpoint, model)
 
     def _load_best_model(self: Any) -> None:
-        if isinstance(self.model, adapted_cls):
+        if isinstance(self.model, adapted_cls) and self.model.adapters:
             best = self.state.best_model_checkpoint
             self.model.load_adapter(best, self.model.active_adapters()[0], is_trainable=True)
         else:
