@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-VERBS = ("train", "evaluate", "predict", "sites", "list", "show", "verify", "push", "fetch", "demo")
+VERBS = ("train", "evaluate", "predict", "sites", "list", "show", "verify", "push", "fetch", "demo", "compare", "chat")
 
 
 def main() -> None:
