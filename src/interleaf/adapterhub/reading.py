@@ -145,7 +145,14 @@ def _fusion_config(told: dict[str, Any], model: AdaptedModel, folder: Path) -> F
         query = fusion_query([model.adapters.get(name) for name in names])
     except StoreError as error:
         raise StoreError(f"{folder}: {error}") from error
-    return FusionConfig(children=names, value=c["value"], query=query, dropout=c["dropout_prob"] or 0.0)
+    # AdapterHub's temperature falls to 1 over the first forward passes and is in no file
+    return FusionConfig(
+        children=names,
+        value=c["value"],
+        query=query,
+        dropout=c["dropout_prob"] or 0.0,
+        regularization=FusionConfig.regularization if c["regularization"] else 0.0,
+    )
 
 
 def _fill(base: Any, name: str, own: str, there: list[Place], tensors: dict[str, Tensor], folder: Path) -> None:

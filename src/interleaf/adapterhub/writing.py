@@ -100,7 +100,8 @@ def _settings(model: AdaptedModel, name: str, there: list[Place]) -> dict[str, A
         **DEFAULTS,
         **flags,
         "dropout": getattr(main, "dropout", 0.0),
-        "init_weights": "mam_adapter",
+        # AdapterHub cannot make a Compacter with the other
+        "init_weights": "bert" if compacter else "mam_adapter",
         "inv_adapter": "nice" if inverse else None,
         "inv_adapter_reduction_factor": inverse.reduction_factor if inverse else None,
         "is_parallel": connection == "parallel",
