@@ -5,6 +5,8 @@ The fixtures are made by `tests/fixtures/make_adapterhub.py` with `adapters` 1.3
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -38,10 +40,15 @@ FUSIONS = ["dynamic", "static"]
 HEADS = [(p.parent.parent.name, p.name) for p in sorted(HERE.glob("*/heads/*")) if p.name != "tagging"]
 
 
-def base(name: str) -> Any:
+@functools.cache
+def _loaded(name: str) -> Any:
     auto: Any = {"bert": AutoModelForMaskedLM, "roberta": AutoModelForMaskedLM}.get(name, AutoModelForCausalLM)
     auto = AutoModelForSeq2SeqLM if name in ("t5", "bart") else auto
-    return interleaf.adapt(auto.from_pretrained(HERE / name / "base").eval())
+    return auto.from_pretrained(HERE / name / "base").eval()
+
+
+def base(name: str) -> Any:
+    return interleaf.adapt(copy.deepcopy(_loaded(name)))
 
 
 def classifier(name: str, auto: Any = AutoModelForSequenceClassification, labels: int = 3) -> Any:

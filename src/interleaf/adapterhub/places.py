@@ -51,10 +51,11 @@ def places(model: Any) -> list[Place]:
     order = _order(model)
     modules = dict(model.named_modules())
     prefix = f"{model.base_model_prefix}."
-    stacks = list(dict.fromkeys(site.stack for site in find_sites(model)))
-    depth = {stack: 1 + max(s.layer for s in find_sites(model) if s.stack == stack) for stack in stacks}
+    sites = find_sites(model)
+    stacks = list(dict.fromkeys(site.stack for site in sites))
+    depth = {stack: 1 + max(s.layer for s in sites if s.stack == stack) for stack in stacks}
     found = []
-    for site in find_sites(model):
+    for site in sites:
         if site.position not in FLAGS:
             continue
         block = f"{site.stack}.{site.layer}"
