@@ -33,7 +33,7 @@ from tests.zoo import base_weights, same
 MODELS = ["bert", "roberta", "t5", "bart", "gpt2", "llama", "qwen3"]
 KINDS = {
     *("seq_bn", "double_seq_bn", "par_bn", "scaled_par_bn", "adapter_plus", "gated", "normed", "per_layer"),
-    *("everywhere", "compacter", "compacter++", "seq_bn_inv", "double_seq_bn_inv"),
+    *("everywhere", "compacter", "compacter++", "par_compacter", "seq_bn_inv", "double_seq_bn_inv"),
 }
 CASES = [(p.parent.name, p.name) for p in sorted(HERE.glob("*/*")) if p.name in KINDS]
 FUSIONS = ["dynamic", "static"]
@@ -252,8 +252,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         {"ln_after": True, "adapter_residual_before_ln": True},
         {"ln_after": True, "scaling": 2.0},
         {"ln_after": True, "use_gating": True},
-        {"phm_layer": True, "scaling": 2.0},
-        {"phm_layer": True, "is_parallel": True},
+        {"phm_layer": True, "scaling": "learned"},
+        {"phm_layer": True, "ln_before": True},
         {"phm_layer": True, "shared_phm_rule": False},
         {"non_linearity": "unheard"},
         {"of_tomorrow": True},

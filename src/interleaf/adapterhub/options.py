@@ -95,8 +95,9 @@ def undone(made_by: str, base: Any) -> bool:
 def _no_equal(c: dict[str, Any]) -> str:
     """Say why an adapter has no equal here; empty if it has one."""
     plain = c["scaling"] == 1.0 and not c["use_gating"]
-    compacter = plain and not (c["ln_before"] or c["ln_after"] or c["is_parallel"] or c["shared_W_phm"])
-    compacter = compacter and c["factorized_phm_W"] and c["shared_phm_rule"] and not c["factorized_phm_rule"]
+    compacter = not (isinstance(c["scaling"], str) or c["use_gating"] or c["ln_before"] or c["ln_after"])
+    compacter = compacter and c["factorized_phm_W"] and not c["shared_W_phm"] and c["phm_bias"]
+    compacter = compacter and c["shared_phm_rule"] and not c["factorized_phm_rule"]
     reasons = {
         f"the activation {c['non_linearity']!r} is not known here": c["non_linearity"] not in ACT2FN,
         f"inv_adapter={c['inv_adapter']!r} does not run in AdapterHub either": c["inv_adapter"] not in (None, "nice"),
@@ -104,7 +105,7 @@ def _no_equal(c: dict[str, Any]) -> str:
         "ln_after over the residual too has no equal here": c["ln_after"]
         and c["adapter_residual_before_ln"]
         and not c["is_parallel"],
-        "this form of Compacter has no equal here": c["phm_layer"] and not (compacter and c["phm_bias"]),
+        "this form of Compacter has no equal here": c["phm_layer"] and not compacter,
         "this combination of original_ln_* and residual_before_ln has no equal here": not connection(c, post_norm=True),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")

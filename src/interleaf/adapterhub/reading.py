@@ -94,6 +94,7 @@ def _config(
         "target_modules": [place.target(how) for place in wanted],
         "activation": c["non_linearity"],
         "connection": "serial" if how == "after_norm" else how,
+        "scaling": c["scaling"] if isinstance(c["scaling"], str) else float(c["scaling"]),
     }
     if c["phm_layer"]:
         config: AdapterConfig = CompacterConfig(
@@ -102,7 +103,6 @@ def _config(
     else:
         config = BottleneckConfig(
             **_widths(c["reduction_factor"], width, wanted),
-            scaling=c["scaling"] if isinstance(c["scaling"], str) else float(c["scaling"]),
             norm_before=c["ln_before"],
             norm_after=c["ln_after"],
             gate="sequence" if c["use_gating"] else False,
