@@ -8,16 +8,19 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -28,7 +31,7 @@ from interleaf import adapterhub
 from interleaf.errors import AdapterError, StoreError
 from tests.fixtures import make_adapterhub as fixtures
 from tests.fixtures.make_adapterhub import HERE, inputs, logits
-from tests.zoo import base_weights, same
+from tests.zoo import base_weights, randomise, same
 
 MODELS = ["bert", "roberta", "t5", "bart", "gpt2", "llama", "qwen3"]
 KINDS = {
@@ -137,17 +140,33 @@ def test_a_head_for_every_token() -> None:
     assert gap(model, folder) < 1e-5
 
 
+def retold(folder: Path, source: str, **changed: Any) -> Path:
+    """Copy a folder with a head and change what is told of it."""
+    shutil.copytree(HERE / "bert" / "heads" / source, folder)
+    told = json.loads((folder / "head_config.json").read_text())
+    (folder / "head_config.json").write_text(json.dumps({**told, "config": {**told["config"], **changed}}))
+    return folder
+
+
+def test_heads_of_the_same_form_for_other_tasks(tmp_path: Path) -> None:
+    labels, model = retold(tmp_path / "labels", "pooled", head_type="multilabel_classification"), classifier("bert")
+    model.load_adapter(labels, with_head=True)
+    assert gap(model, labels) < 1e-5
+    answers = retold(tmp_path / "answers", "tagging", head_type="question_answering", num_labels=2)
+    head = {key: tensor[:2] for key, tensor in load_file(answers / "model_head.safetensors").items()}
+    save_file(head, answers / "model_head.safetensors")
+    model = classifier("bert", AutoModelForQuestionAnswering, labels=2)
+    model.load_adapter(answers, with_head=True)
+    with torch.no_grad():
+        out = model(**inputs(model))
+    both = torch.stack([out.start_logits, out.end_logits], dim=-1)
+    torch.testing.assert_close(both, expected(answers)[..., :2])
+
+
 def test_heads_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     heads = HERE / "bert" / "heads"
-    other = tmp_path / "other"
-    shutil.copytree(heads / "flexible", other)
-    told = json.loads((other / "head_config.json").read_text())
-    told["config"]["activation_function"] = "relu"
-    (other / "head_config.json").write_text(json.dumps(told))
-    unknown = tmp_path / "unknown"
-    shutil.copytree(heads / "flexible", unknown)
-    told["config"]["head_type"] = "dependency_parsing"
-    (unknown / "head_config.json").write_text(json.dumps(told))
+    other = retold(tmp_path / "other", "flexible", activation_function="relu")
+    unknown = retold(tmp_path / "unknown", "flexible", head_type="dependency_parsing")
     classes = classifier("bert"), classifier("bert", AutoModelForTokenClassification)
     refused = [
         (base("bert"), heads / "static", "has no task head"),
@@ -373,3 +392,56 @@ def test_our_own_adapters_are_exported_where_there_is_an_equal(name: str, tmp_pa
             adapterhub.save(model, tmp_path / preset, preset)
         assert not (tmp_path / preset).exists()
     assert inputs(model)["input_ids"].shape == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"), [("bert", "word_embeddings"), ("llama", "embed_tokens"), ("t5", "embed_tokens")]
+)
+def test_an_adapter_has_embeddings_of_its_own(name: str, modules: str, tmp_path: Path) -> None:
+    model = base(name)
+    plain, weights = logits(model), base_weights(model)
+    model.add_adapter("a", "pfeiffer", modules_to_save=[modules])
+    assert torch.equal(logits(model), plain)
+    model.train_adapter("a")
+    model.eval()
+    trains = {n: p for n, p in model.named_parameters() if p.requires_grad and modules in n}
+    model(**inputs(model)).logits.square().sum().backward()
+    assert trains
+    for parameter in trains.values():
+        assert parameter.grad is not None
+        parameter.data += torch.randn(parameter.shape)
+    changed = logits(model)
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    model.save_adapter(tmp_path / "a", "a")
+    model.delete_adapter("a")
+    assert same(base_weights(model), weights)
+    model.load_adapter(tmp_path / "a")
+    assert torch.equal(logits(model), changed)
+
+
+@pytest.mark.parametrize("config", [LoraConfig(), LoraConfig(use_dora=True), IA3Config()], ids=["lora", "dora", "ia3"])
+def test_other_methods_come_from_peft(config: Any, tmp_path: Path) -> None:
+    model = base("llama")
+    plain = logits(model)
+    model.add_adapter("a", config)
+    torch.testing.assert_close(logits(model), plain)
+    randomise(model, std=0.1)
+    changed = logits(model)
+    assert not torch.allclose(changed, plain, atol=1e-3)
+    model.save_adapter(tmp_path / "a", "a")
+    again = base("llama")
+    again.load_adapter(tmp_path / "a")
+    torch.testing.assert_close(logits(again), changed)
+
+
+def test_the_page_for_those_who_come_from_adapterhub_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (HERE.parent.parent.parent / "docs" / "adapterhub.md").read_text("utf-8")
+    folders = {"base": "base", "their-adapter": "double_seq_bn", "their-classifier": "heads/static"}
+    for name, source in folders.items():
+        shutil.copytree(HERE / "bert" / source, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(code) == 3
+    exec("\n".join(code), {})
+    assert (tmp_path / "for-adapterhub" / "adapter.safetensors").exists()
+    assert (tmp_path / "classifier-for-adapterhub" / "model_head.safetensors").exists()
