@@ -100,6 +100,11 @@ class Adapter(nn.Module):
     composition: Any = None
     observed: dict[str, Tensor] | None = None
 
+    @property
+    def watches_input(self) -> bool:
+        """Whether it needs or changes what its site reads."""
+        return self.reads or self.before
+
     def observe(self, name: str, value: Tensor) -> None:
         """Show an inner quantity, such as a gate, to whoever looks (`AdaptedModel.observe`)."""
         if self.observed is not None:

@@ -178,6 +178,12 @@ class Running:
         return 1 if self.rows is not None or isinstance(self.node, str) else width(self.node)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if getattr(module, "_is_replica", False):
+            # a replica's hooks are those of the model it was copied from, and so are the adapters they hold
+            raise AdapterError(
+                "torch.nn.DataParallel would run every copy with the first one's adapters. Start with "
+                "`torchrun --nproc-per-node N` instead, or show one device only (CUDA_VISIBLE_DEVICES=0)."
+            )
         names = kwargs.get("adapter_names")
         if not self.generating:
             self.rows = None

@@ -6,6 +6,7 @@ the slot away leaves no trace. Hooks run inside the block, hence also in gradien
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,6 +53,14 @@ class Slot(nn.Module, BaseTunerLayer):
         ]
         running.slots.append(self)
         write.add_module(SLOT, self)
+
+    def join(self, site: Site, base: nn.Module, adapter: Adapter) -> None:
+        """Read for an adapter that joins where no other reads, and remember the norm that it names."""
+        read = site.read if adapter.watches_input else self.site.read
+        if read != self.site.read:
+            self._hooks[0].remove()
+            self._hooks[0] = base.get_submodule(read).register_forward_pre_hook(self._before, with_kwargs=True)
+        self.site = replace(self.site, read=read, norm=self.site.norm or site.norm)
 
     def add(self, name: str, adapter: Adapter, like: Tensor | None) -> None:
         """Put an adapter in, on the device and in the float type of a weight of the base."""

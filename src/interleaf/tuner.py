@@ -16,7 +16,7 @@ from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
 from peft.utils.other import set_additional_trainable_modules
 from torch import Tensor, nn
 
-from interleaf.adapter import AdapterConfig
+from interleaf.adapter import Adapter, AdapterConfig
 from interleaf.compose import Fuse
 from interleaf.errors import AdapterError
 from interleaf.forward import Running
@@ -76,12 +76,14 @@ class AdapterTuner(BaseTuner):
             adapter.train(model.training)
             if adapter.composition is not None:
                 adapter.composition = Fuse(*adapter.composition.children, name=adapter_name)
+        for site, adapter in made:
+            check_reader(model, site, adapter)
         running = running_of(model)
         if config.modules_to_save is None:
             config.modules_to_save = task_head(model) or None
         kept = {} if not slots(model) else {p: p.requires_grad for p in model.parameters()}
         for site, adapter in made:
-            slot_at(model, site, running).add(adapter_name, adapter, nearest_weight(model, site))
+            slot_at(model, site, running, adapter).add(adapter_name, adapter, nearest_weight(model, site))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._mark_only_adapters_as_trainable(model)
         set_additional_trainable_modules(
@@ -142,19 +144,31 @@ def running_of(model: nn.Module) -> Running:
     return Running(model)
 
 
-def slot_at(model: nn.Module, site: Site, running: Running) -> Slot:
-    """Return the slot at a site, made if there is none yet."""
+def slot_at(model: nn.Module, site: Site, running: Running, adapter: Adapter) -> Slot:
+    """Return the slot at a site that an adapter joins, made if there is none yet."""
     existing = getattr(model.get_submodule(site.write), SLOT, None)
     if existing is None:
         if site.stack not in running.places:
             running.watch(model, site.stack, stack_names(model))
         return Slot(site, model, running)
-    if existing.site.read != site.read:
+    existing.join(site, model, adapter)
+    return existing
+
+
+def check_reader(model: nn.Module, site: Site, adapter: Adapter) -> None:
+    """Check that an adapter can join those at a site: all that read there read the same.
+
+    Raises:
+        AdapterError: they do not.
+    """
+    existing = getattr(model.get_submodule(site.write), SLOT, None)
+    if existing is None or existing.site.read == site.read or not adapter.watches_input:
+        return
+    if any(other.watches_input for other in existing.adapters.values()):
         raise AdapterError(
             f"{site.write} carries an adapter that reads {existing.site.read}, the new one reads {site.read}. "
             "Use the same positions or target_modules for both."
         )
-    return existing
 
 
 def adapters_at(model: nn.Module, site: Site) -> dict[str, Any]:
