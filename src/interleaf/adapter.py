@@ -153,6 +153,9 @@ def register_adapter(name: str, presets: dict[str, dict[str, Any]] | None = None
     Args:
         name: the kind's name in lower case; also its PEFT type.
         presets: named settings of this kind; by default one, of the kind's name.
+
+    Raises:
+        ConfigError: the name, or a preset's, is taken.
     """
 
     def register(config_cls: C) -> C:
@@ -160,8 +163,11 @@ def register_adapter(name: str, presets: dict[str, dict[str, Any]] | None = None
 
         if name in Registry.kinds:
             raise ConfigError(f"the adapter kind {name!r} is registered already. Choose another name.")
+        named = {name: {}} if presets is None else presets
+        if taken := [p for kind in Registry.kinds.values() for p in kind.presets if p in named]:
+            raise ConfigError(f"{name!r}: there is a preset {taken[0]!r} of another kind already. Choose another name.")
         config_cls.registered_as = register_kind(name, config_cls)
-        Registry.kinds[name] = Kind(name, config_cls, {name: {}} if presets is None else presets)
+        Registry.kinds[name] = Kind(name, config_cls, named)
         return config_cls
 
     return register
