@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interleaf.blocks import is_linear
 from interleaf.errors import StoreError
-from interleaf.sites import find_sites, is_linear
+from interleaf.sites import find_sites
 from interleaf.slot import slots
 
 CONFIG, FUSION = "adapter_config.json", "adapter_fusion_config.json"
