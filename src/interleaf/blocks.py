@@ -89,13 +89,14 @@ def _common_width(blocks: Sequence[tuple[str, nn.Module]]) -> int | None:
 
 def _weighty(name: str, module: nn.Module) -> bool:
     """A child worth adapting holds linear maps, or raw ones (fused experts); a norm is none, whatever it holds."""
-    return not _NORM.search(name) and (bool(_linears(module)) or _has_raw_maps(module))
+    norm = _NORM.search(name) and not _MIXER.search(type(module).__name__.lower())
+    return not norm and (bool(_linears(module)) or _has_raw_maps(module))
 
 
 def _has_raw_maps(module: nn.Module) -> bool:
     """Tell whether linear maps are kept as bare parameters somewhere inside: fused experts, XLNet's attention."""
     return any(
-        p.ndim == 3 and p.shape[1] > 1
+        (p.ndim == 3 and p.shape[1] > 1) or (p.ndim == 2 and "expert" in type(m).__name__.lower())
         for n, m in module.named_modules()
         if "adapter_slot" not in n and not _is_conv(m) and not any(is_linear(c) for c in m.children())
         for p in m.parameters(recurse=False)
@@ -151,7 +152,7 @@ def _text_config(config: Any) -> Any:
 
 
 def stack_width(model: nn.Module, stack: str, blocks: Sequence[tuple[str, nn.Module]]) -> int:
-    """Return a stack's width: what the nearest config states, if a map of its layers ends in it, or what most end in."""
+    """Return a stack's width: what the nearest config states, if a map of its layers ends in it, else what most do."""
     parts = stack.split(".")
     around = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts) - 1, -1, -1))
     stated = (getattr(_text_config(getattr(m, "config", None)), "hidden_size", None) for m in around)
@@ -185,13 +186,15 @@ def sublayers(name: str, block: nn.Module, width: int) -> list[Sublayer]:
         found = [_sublayer(name, name, block, "cross_attention" if cross else "attention", width)]
     else:
         found = []
-        for leaf, read, child in _pairs(parts, width):
-            inner = f"{name}.{leaf}"
+        for leaf, read, child in _pairs(parts):
             if _is_block(child):
-                found += sublayers(inner, child, width)
-            else:
-                position = _position(read, block.get_submodule(read), block)
-                found.append(_sublayer(f"{name}.{read}", inner, child, position, width))
+                found += sublayers(f"{name}.{leaf}", child, width)
+                continue
+            reader = block.get_submodule(read)
+            sub = _sublayer(f"{name}.{read}", f"{name}.{leaf}", child, _position(read, reader, block), width)
+            takes = {_in_dim(m) for _, m in _linears(reader)}
+            # Zamba's attention takes two streams side by side, MobileBERT's output a narrower one
+            found.append(replace(sub, read=name) if sub and takes and sub.width not in takes else sub)
     there = [sub for sub in found if sub is not None]
     named = any(sub.position == "ffn" for sub in there)
     return [replace(s, position=s.position or "ffn") for s in there if s.position or not named]
@@ -207,17 +210,15 @@ def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def _pairs(parts: Sequence[tuple[str, nn.Module]], width: int) -> Iterator[tuple[str, str, nn.Module]]:
+def _pairs(parts: Sequence[tuple[str, nn.Module]]) -> Iterator[tuple[str, str, nn.Module]]:
     """Yield what writes, what reads for it, and the writer: neighbours of one map each (fc1, fc2) are one sublayer."""
-    pending, reads = "", 0
+    pending = ""
     for leaf, child in parts:
         single = len(_linears(child)) == 1 and not _has_raw_maps(child)
         if single and not pending:
-            pending, reads = leaf, _in_dim(_linears(child)[0][1])
+            pending = leaf
             continue
-        # MobileBERT's reads a stream of another width than it writes
-        last = leaf == "output" and reads == width
-        yield leaf, pending if pending and (single or last) else leaf, child
+        yield leaf, pending if pending and (single or leaf == "output") else leaf, child
         pending = ""
 
 
