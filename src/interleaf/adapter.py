@@ -15,7 +15,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from interleaf.errors import ConfigError
-from interleaf.sites import Site, find_sites, hidden_size, select_sites, target_sites
+from interleaf.sites import Site, find_sites, select_sites, target_sites
 
 
 @dataclass
@@ -50,10 +50,9 @@ class AdapterConfig(PeftConfig):
         Raises:
             SiteError: nothing matches, or the model has no such layer or position.
         """
-        width = self.input_dim or hidden_size(model)
         if self.target_modules is not None:
-            return target_sites(model, self.target_modules, width)
-        return select_sites(find_sites(model, width), self.positions, self.layers)
+            return target_sites(model, self.target_modules, self.input_dim)
+        return select_sites(find_sites(model, self.input_dim), self.positions, self.layers)
 
     @abstractmethod
     def build(self, site: Site) -> Adapter:

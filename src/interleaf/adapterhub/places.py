@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from interleaf.adapters import BottleneckConfig, CompacterConfig
+from interleaf.blocks import is_linear
 from interleaf.errors import StoreError
-from interleaf.sites import find_sites, is_linear
+from interleaf.sites import find_sites
 from interleaf.slot import slots
 
 FLAGS = {"attention": "mh_adapter", "ffn": "output_adapter", "cross_attention": "cross_adapter"}
