@@ -445,3 +445,30 @@ def test_the_page_for_those_who_come_from_adapterhub_runs(tmp_path: Path, monkey
     exec("\n".join(code), {})
     assert (tmp_path / "for-adapterhub" / "adapter.safetensors").exists()
     assert (tmp_path / "classifier-for-adapterhub" / "model_head.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_imported_adapters_share_the_model_with_others(name: str) -> None:
+    """The others read nothing, or sit at the same place; what reads comes later and names a norm."""
+    model, fusion = base(name), HERE / name / "fusion"
+    model.add_adapter("own", "houlsby")
+    own = logits(model)
+    for part in ("one", "two", "dynamic"):
+        model.load_adapter(fusion / part)
+    assert gap(model, fusion, "dynamic") < 1e-5
+    model.load_adapter(HERE / name / "double_seq_bn", "other")
+    assert gap(model, HERE / name / "double_seq_bn") < 1e-5
+    model.set_adapter("own")
+    assert torch.equal(logits(model), own)
+
+
+def test_two_that_read_different_places_are_refused_before_anything_is_changed() -> None:
+    model = base("llama")
+    model.load_adapter(HERE / "llama" / "everywhere")
+    names, before = [n for n, _ in model.named_parameters()], logits(model)
+    beside = ["self_attn.q_proj -> self_attn.q_proj", "mlp -> mlp.down_proj"]
+    with pytest.raises(AdapterError, match="the new one reads"):
+        model.add_adapter("b", interleaf.BottleneckConfig(connection="parallel", target_modules=beside))
+    assert [n for n, _ in model.named_parameters()] == names
+    assert torch.equal(logits(model), before)
+    assert list(model.adapters) == model.active_adapters() == ["task"]
