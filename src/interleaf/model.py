@@ -201,7 +201,12 @@ class AdaptedModel:
         plain = isinstance(node, str) or (type(node) is Stack and names == list(node.children))
         if not plain and (foreign := [name for name in names if _foreign(self.adapters[name])]):
             raise AdapterError(
-                f"{foreign[0]!r} is a method of PEFT's own: it can be stacked by name, but not in {node}."
+                f"{foreign[0]!r} is a method of PEFT's own: it can be stacked by name, but not in {node}; "
+                "in a union with another part it can."
+            )
+        if not plain and (whole := [name for name in names if self.adapters[name].virtual_tokens]):  # type: ignore[attr-defined]
+            raise AdapterError(
+                f"{whole[0]!r} has virtual tokens, which take a whole batch: stack it, but not in {node}."
             )
         return node
 
@@ -240,8 +245,9 @@ class AdaptedModel:
         watched: list[Adapter] = []
         for slot in slots(self._module):
             for name, adapter in cast("dict[str, Adapter]", slot.adapters).items():
-                adapter.observed = found.setdefault((name, slot.site.write), {})
-                watched.append(adapter)
+                for part in (m for m in adapter.modules() if isinstance(m, Adapter)):
+                    part.observed = found.setdefault((name, slot.place), {})
+                    watched.append(part)
         try:
             yield found
         finally:

@@ -73,6 +73,11 @@ class Slot(nn.Module, BaseTunerLayer):
         delattr(base.get_submodule(self.site.write), MAP if self.site.map_width else SLOT)
 
     @property
+    def place(self) -> str:
+        """The name of the module the slot is a child of."""
+        return f"{self.site.write}.{MAP}" if self.site.map_width else self.site.write
+
+    @property
     def weight(self) -> Tensor:
         """None: PEFT's layers show the weight of a layer they wrap, a slot wraps nothing."""
         raise AttributeError("a slot has no weight")

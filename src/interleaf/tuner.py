@@ -294,7 +294,9 @@ def attention_shapes(model: Any) -> dict[str, tuple[int, int, int]]:
             trunk.forward(**dict.fromkeys(names, ids))
         return {n: _seen[id(m)] for n, m in model.named_modules() if id(m) in _seen}
     except (TypeError, ValueError, RuntimeError) as error:
-        raise SiteError(f"a prefix has no place: {type(model).__name__} does not run on tokens alone. {error}") from error
+        raise SiteError(
+            f"a prefix has no place: {type(model).__name__} does not run on tokens alone. {error}"
+        ) from error
     finally:
         _seen = None
 

@@ -52,7 +52,9 @@ def make_maps(config: PeftConfig, model: Any) -> list[tuple[Site, Adapter]]:
     for name, fine in _BEYOND.items():
         value = getattr(config, name, fine[0])
         if value not in fine and value != []:
-            raise ConfigError(f"union: {kind} with {name}={value!r} cannot be a part, as it changes more than the maps.")
+            raise ConfigError(
+                f"union: {kind} with {name}={value!r} cannot be a part, as it changes more than the maps."
+            )
     bare = skeleton(model)
     if getattr(config, "target_modules", None) == "all-linear":
         config.target_modules = _inside(bare, model)

@@ -183,7 +183,7 @@ def _part(part: Any) -> PeftConfig:
 
 def _read(values: Any) -> Any:
     """Make a part of what was stored of it."""
-    kind = str(getattr(values, "get", dict)("peft_type", "")).rpartition(".")[2]
+    kind = str(values.get("peft_type", "") if isinstance(values, dict) else values).rpartition(".")[2]
     own = Registry.kinds.get(kind.lower())
     cls = own.config_cls if own else PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if cls is None:
@@ -192,7 +192,9 @@ def _read(values: Any) -> Any:
     known = {f.name for f in fields(cls) if f.init}
     left_out = {"peft_type", "auto_mapping", "peft_version"}
     if unknown := sorted(values.keys() - known - left_out):
-        raise ConfigError(f"union: unknown setting {unknown[0]!r} of a {kind} part; a newer version may have written it.")
+        raise ConfigError(
+            f"union: unknown setting {unknown[0]!r} of a {kind} part; a newer version may have written it."
+        )
     return cls(**{key: value for key, value in values.items() if key in known - left_out})
 
 
