@@ -456,7 +456,7 @@ def test_parts_are_checked() -> None:
         UnionConfig(parts=[{"peft_type": "NOTHING"}, "pfeiffer"])
     with pytest.raises(ConfigError, match="unknown setting 'rank' of a LORA part"):
         UnionConfig(parts=[{"peft_type": "LORA", "rank": 3}, "pfeiffer"])
-    with pytest.raises(ConfigError, match="'7' is no adapter kind|7 is no adapter kind"):
+    with pytest.raises(ConfigError, match="'7' is no adapter kind"):
         UnionConfig(parts=[7, "pfeiffer"])
 
 

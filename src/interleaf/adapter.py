@@ -209,10 +209,7 @@ def as_config(config: str | AdapterConfig, **overrides: Any) -> AdapterConfig:
     """
     import copy
 
-    if isinstance(config, AdapterConfig):
-        made = copy.deepcopy(config)
-    else:
-        made = Registry.preset(config)
+    made = copy.deepcopy(config) if isinstance(config, AdapterConfig) else Registry.preset(config)
     unknown = set(overrides) - {f.name for f in fields(made)}
     if unknown:
         raise ConfigError(f"unknown adapter setting {sorted(unknown)[0]!r} for {type(made).__name__}.")

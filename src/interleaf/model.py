@@ -337,6 +337,12 @@ class AdaptedModel:
 
         return store.load(self, path, name or options.pop("adapter_name", None), **options)
 
+    def merge_adapters(self, name: str, weights: Mapping[str, float], method: str = "linear", **options: Any) -> None:
+        """Make a new adapter of the weighted sum of others, by task arithmetic; see `merge.merge`."""
+        from interleaf.merge import merge
+
+        merge(self, name, weights, method, **options)
+
     def adapter_summary(self) -> list[AdapterSummary]:
         """Describe every adapter of the model: kind, sites, parameters, bytes."""
         own = {id(p) for s in slots(self._module) for p in s.parameters()}

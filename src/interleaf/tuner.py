@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
 from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -304,7 +304,8 @@ def attention_shapes(model: Any) -> dict[str, tuple[int, int, int]]:
 @contextlib.contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
     """Run as the base, without dropout, inside a `with` block."""
-    trains, off = {m: m.training for m in model.modules()}, {s: s._disable_adapters for s in slots(model)}
+    trains: dict[Any, bool] = {m: m.training for m in model.modules()}
+    off = {s: s._disable_adapters for s in slots(model)}
     model.eval()
     for slot in off:
         slot._disable_adapters = True
