@@ -26,10 +26,13 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 import interleaf
 from interleaf import BottleneckConfig, UnionConfig
 from interleaf.errors import AdapterError, ConfigError, SiteError
+from tests.resumable import Rows
 from tests.zoo import GENERATORS, TINY, base_weights, build, inputs, logits, randomise, same
 
 PFEIFFER = BottleneckConfig(positions=["ffn"], bottleneck_dim=4, activation="gelu")
@@ -337,6 +340,35 @@ def test_pefts_and_transformers_ways_of_attaching(part: str, tmp_path: Path) -> 
     again: Any = build("llama")
     again.load_adapter(str(tmp_path / "transformers"), adapter_name="mine")
     assert torch.equal(logits(again), logits(other))
+
+
+@pytest.mark.parametrize("way", ["peft", "base.add_adapter", "adapt"])
+def test_a_stopped_training_resumes_as_if_it_had_not_stopped(way: str, tmp_path: Path) -> None:
+    def trained(folder: str, steps: int, resume: bool = False) -> dict[str, torch.Tensor]:
+        base: Any = build("bert")
+        config = UnionConfig(
+            parts=[LoraConfig(r=2, lora_dropout=0.1), copy.deepcopy(PARTS["prefix"]), PFEIFFER], gated=True
+        )
+        set_seed(1)
+        if way == "peft":
+            model: Any = get_peft_model(base, config)
+        elif way == "base.add_adapter":
+            (model := base).add_adapter(config, "mine")
+        else:
+            (model := interleaf.adapt(base)).add_adapter("mine", config)
+            model.train_adapter("mine")
+        args = TrainingArguments(
+            str(tmp_path / folder), max_steps=steps, save_steps=2, per_device_train_batch_size=4, learning_rate=1e-2,
+            lr_scheduler_type="constant", report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        Trainer(model=model, args=args, train_dataset=Rows()).train(
+            resume_from_checkpoint=get_last_checkpoint(args.output_dir) if resume else None
+        )
+        return {k: v.clone() for k, v in model.state_dict().items() if "adapter_slot" in k or "modules_to_save" in k}
+
+    trained("stopped", 2)
+    assert not list((tmp_path / "stopped").rglob("model.safetensors"))
+    assert same(trained("stopped", 4, resume=True), trained("whole", 4))
 
 
 # ---- gates

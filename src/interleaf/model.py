@@ -201,13 +201,10 @@ class AdaptedModel:
         plain = isinstance(node, str) or (type(node) is Stack and names == list(node.children))
         if not plain and (foreign := [name for name in names if _foreign(self.adapters[name])]):
             raise AdapterError(
-                f"{foreign[0]!r} is a method of PEFT's own: it can be stacked by name, but not in {node}; "
-                "in a union with another part it can."
+                f"{foreign[0]!r} is a method of PEFT's own: only as a part of a union can it run in {node}."
             )
-        if not plain and (whole := [name for name in names if self.adapters[name].virtual_tokens]):  # type: ignore[attr-defined]
-            raise AdapterError(
-                f"{whole[0]!r} has virtual tokens, which take a whole batch: stack it, but not in {node}."
-            )
+        if not plain and (whole := [name for name in names if self.adapters[name].virtual_tokens]):
+            raise AdapterError(f"{whole[0]!r} has virtual tokens, which take a whole batch: it stacks, but not {node}.")
         return node
 
     def _layers(self, layers: str | list[int] | None) -> frozenset[int]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft import PeftType
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
 from peft.utils.other import set_additional_trainable_modules
@@ -218,6 +219,12 @@ def strip(model: nn.Module) -> None:
     model.__dict__.pop("peft_config", None)
 
 
+def plain_method(config: PeftConfig) -> Any:
+    """Return PEFT's tuner class of a config, or None if it does more in a forward pass than its layers do."""
+    method = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    return method if method is not None and method.forward is BaseTuner.forward else None
+
+
 class Attends(Around):
     """What takes part in an attention module's computation, such as a prefix of keys and values."""
 
@@ -302,19 +309,20 @@ def attention_shapes(model: Any) -> dict[str, tuple[int, int, int]]:
 
 
 @contextlib.contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
+def _quiet(model: Any) -> Iterator[None]:
     """Run as the base, without dropout, inside a `with` block."""
-    trains: dict[Any, bool] = {m: m.training for m in model.modules()}
-    off = {s: s._disable_adapters for s in slots(model)}
+    trains = [(m, m.training) for m in model.modules()]
+    every: list[Any] = list(slots(model))
+    off = [(s, s._disable_adapters) for s in every]
     model.eval()
-    for slot in off:
+    for slot, _ in off:
         slot._disable_adapters = True
     try:
         yield
     finally:
-        for module, training in trains.items():
-            module.training = training
-        for slot, disabled in off.items():
+        for module, training in trains:
+            module.training = training  # one by one: `train()` would set the children too
+        for slot, disabled in off:
             slot._disable_adapters = disabled
 
 

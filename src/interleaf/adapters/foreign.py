@@ -11,8 +11,6 @@ import warnings
 from typing import Any
 
 from peft import PeftConfig, inject_adapter_in_model
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +18,7 @@ from interleaf.adapter import Adapter
 from interleaf.errors import ConfigError, SiteError
 from interleaf.sites import Site, named_sites
 from interleaf.slot import SLOT
+from interleaf.tuner import plain_method
 
 PART = "part"  # PEFT's layers name their adapters too; in a slot there is one
 
@@ -41,8 +40,8 @@ def make_maps(config: PeftConfig, model: Any) -> list[tuple[Site, Adapter]]:
         ConfigError: a setting that changes the base or more than linear maps, or a method PEFT cannot inject.
         SiteError: no linear map matches.
     """
-    kind, method = config.peft_type.value, PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
-    if method is None or method.forward is not BaseTuner.forward:
+    kind, method = config.peft_type.value, plain_method(config)
+    if method is None:
         raise ConfigError(f"union: {kind} cannot be a part: it does more than its layers do.")
     choices = getattr(method, "target_module_mapping", None)
     if choices is not None and getattr(config, "target_modules", "") is None:
@@ -79,7 +78,7 @@ def _inside(bare: nn.Module, model: nn.Module) -> list[str]:
     return [site.write for site in named_sites(model, shapes) if site.layer >= 0]
 
 
-def skeleton(model: Any) -> nn.Module:
+def skeleton(model: Any) -> Any:
     """Return a bare tree with a stand-in for every linear map of a model, under the same names."""
     root: Any = nn.Module()
     root.config = model.config
@@ -96,7 +95,7 @@ def skeleton(model: Any) -> nn.Module:
             parent = parent.get_submodule(part)
         if not isinstance(parent, StandIn):  # a part of a PEFT layer that is on the model
             parent.add_module(last, cls(module))
-    return root  # type: ignore[no-any-return]
+    return root
 
 
 class StandIn(nn.Module):
@@ -145,7 +144,7 @@ class StandIn(nn.Module):
         return y.clone() if z is given else y + (run(z) - run(given))
 
 
-class _Linear(StandIn, nn.Linear):  # type: ignore[misc]
+class _Linear(StandIn, nn.Linear):  # type: ignore[override]
     pass
 
 
