@@ -19,6 +19,7 @@ RANKS = [
     ["slot"],
     ["tuner"],
     ["adapters", "model"],
+    ["merge"],
     ["adapterhub"],
     ["store"],
     ["tasks"],

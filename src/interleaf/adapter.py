@@ -63,6 +63,11 @@ class AdapterConfig(PeftConfig):
         """Adapters that must be on the model before this one, and stay as long as it does."""
         return []
 
+    @property
+    def virtual_tokens(self) -> bool:
+        """Whether it adds tokens that are not in the text: then it is not the identity, and takes a whole batch."""
+        return False
+
     def make(self, model: nn.Module, there: Callable[[Site], dict[str, Adapter]]) -> list[tuple[Site, Adapter]]:
         """Build the adapters of all sites.
 
@@ -123,6 +128,27 @@ class Adapter(nn.Module):
         """
 
 
+class Around(Adapter):
+    """What changes a whole module's call instead of the residual stream: virtual tokens of a prefix or a prompt.
+
+    `lengthens` says whether the module sees more tokens than it was given.
+    """
+
+    lengthens: bool = False
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the module's arguments, changed; the slot calls it before the module."""
+        return args, kwargs
+
+    def leave(self, module: nn.Module, output: Any) -> Any:
+        """Return the module's output, changed; the slot calls it after the module."""
+        return output
+
+    def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
+        """Return `y`: nothing is changed in the residual stream."""
+        return y
+
+
 @dataclass(frozen=True)
 class Kind:
     """One registered adapter kind: its PEFT name, its config class and its presets."""
@@ -144,6 +170,19 @@ class Registry:
     def presets(cls) -> dict[str, AdapterConfig]:
         """Return every preset by name, each as a fresh config."""
         return {p: k.config_cls(**o) for k in cls.kinds.values() for p, o in k.presets.items()}
+
+    @classmethod
+    def preset(cls, name: str) -> AdapterConfig:
+        """Return one preset as a fresh config.
+
+        Raises:
+            ConfigError: there is no such preset.
+        """
+        for kind in cls.kinds.values():
+            if name in kind.presets:
+                return kind.config_cls(**kind.presets[name])
+        there = ", ".join(sorted(p for kind in cls.kinds.values() for p in kind.presets))
+        raise ConfigError(f"there is no preset {name!r}. There are: {there}.")
 
 
 def register_adapter(name: str, presets: dict[str, dict[str, Any]] | None = None) -> Callable[[C], C]:
@@ -180,12 +219,7 @@ def as_config(config: str | AdapterConfig, **overrides: Any) -> AdapterConfig:
     """
     import copy
 
-    if isinstance(config, AdapterConfig):
-        made = copy.deepcopy(config)
-    elif config in (presets := Registry.presets()):
-        made = presets[config]
-    else:
-        raise ConfigError(f"there is no preset {config!r}. There are: {', '.join(sorted(presets))}.")
+    made = copy.deepcopy(config) if isinstance(config, AdapterConfig) else Registry.preset(config)
     unknown = set(overrides) - {f.name for f in fields(made)}
     if unknown:
         raise ConfigError(f"unknown adapter setting {sorted(unknown)[0]!r} for {type(made).__name__}.")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -32,6 +32,8 @@ class Site:
     width: int
     norm: str = ""
     """The pretrained norm that follows, where a target names one."""
+    map_width: int = 0
+    """Width of what it reads, where the site is one linear map and `width` only what that writes."""
 
 
 def find_sites(model: nn.Module, width: int | None = None) -> list[Site]:
@@ -105,6 +107,12 @@ def target_sites(model: nn.Module, targets: str | Sequence[str], width: int | No
         found.update({match[min(1, len(match) - 1)]: match for match in there})
     order = {n: i for i, n in enumerate(names)}
     return [_target(model, found[write], stacks, width) for write in sorted(found, key=lambda n: order[n])]
+
+
+def named_sites(model: nn.Module, widths: Mapping[str, tuple[int, int]]) -> list[Site]:
+    """Make sites of modules by their full names, each with its width and map width; outside all layers: layer -1."""
+    stacks = list(stacks_of(model))
+    return [replace(_target(model, (name,), stacks, w), map_width=read) for name, (w, read) in widths.items()]
 
 
 def _target(model: nn.Module, names: tuple[str, ...], stacks: Sequence[Stack], width: int | None) -> Site:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from interleaf.adapterhub.disk import HEAD, VERSION, WEIGHTS, read_files
+from interleaf.blocks import is_linear
 from interleaf.errors import StoreError
-from interleaf.sites import is_linear
 from interleaf.tuner import task_head
 
 _SEQUENCE = ("classification", "multilabel_classification")
