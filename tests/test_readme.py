@@ -26,7 +26,7 @@ def blocks(name: str, language: str = "[a-z]*") -> list[str]:
 def test_both_languages_hold_the_same_commands_figures_and_links() -> None:
     english, chinese = ((ROOT / name).read_text("utf-8") for name in READMES)
     assert blocks("README.md") == blocks("README.zh-CN.md")
-    assert len(blocks("README.md")) == 3
+    assert len(blocks("README.md")) == 4
     assert re.findall(r"\d[\d.,]*\d", english) == re.findall(r"\d[\d.,]*\d", chinese)
     assert english.count("\n|") == chinese.count("\n|")
     assert english.count("\n## ") == chinese.count("\n## ")
@@ -47,7 +47,7 @@ def test_links_lead_somewhere() -> None:
 def test_the_commands_run(tmp_path: Path) -> None:
     scripts = str(Path(sys.executable).parent)
     environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    for line in blocks("README.md", "bash")[0].strip().splitlines():
+    for line in "".join(blocks("README.md", "bash")).strip().splitlines():
         done = subprocess.run(
             ["bash", "-ec", line], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
@@ -69,6 +69,8 @@ def test_the_python_example_runs(tmp_path: Path, reviews: Path, monkeypatch: pyt
     for name, rows in (("train", splits.train), ("dev", splits.dev)):
         encoded = task.encode(rows, tokenizer).to_list()
         names[name] = [tokenizer.pad(row, padding="max_length", max_length=8) for row in encoded]
-    exec(blocks("README.md", "python")[0], names)
+    for block in blocks("README.md", "python"):
+        exec(block, names)
+    assert names["model"].active_adapters() == ["my_adapter"]
     assert (tmp_path / "out/my_adapter/adapter_model.safetensors").exists()
     assert not list((tmp_path / "out/run").rglob("model.safetensors"))

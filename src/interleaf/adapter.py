@@ -15,7 +15,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from interleaf.errors import ConfigError
-from interleaf.sites import Site, find_sites, hidden_size, select_sites, target_sites
+from interleaf.sites import Site, find_sites, select_sites, target_sites
 
 
 @dataclass
@@ -50,10 +50,9 @@ class AdapterConfig(PeftConfig):
         Raises:
             SiteError: nothing matches, or the model has no such layer or position.
         """
-        width = self.input_dim or hidden_size(model)
         if self.target_modules is not None:
-            return target_sites(model, self.target_modules, width)
-        return select_sites(find_sites(model, width), self.positions, self.layers)
+            return target_sites(model, self.target_modules, self.input_dim)
+        return select_sites(find_sites(model, self.input_dim), self.positions, self.layers)
 
     @abstractmethod
     def build(self, site: Site) -> Adapter:
@@ -63,6 +62,11 @@ class AdapterConfig(PeftConfig):
     def needs(self) -> list[str]:
         """Adapters that must be on the model before this one, and stay as long as it does."""
         return []
+
+    @property
+    def virtual_tokens(self) -> bool:
+        """Whether it adds tokens that are not in the text: then it is not the identity, and takes a whole batch."""
+        return False
 
     def make(self, model: nn.Module, there: Callable[[Site], dict[str, Adapter]]) -> list[tuple[Site, Adapter]]:
         """Build the adapters of all sites.
@@ -100,6 +104,11 @@ class Adapter(nn.Module):
     composition: Any = None
     observed: dict[str, Tensor] | None = None
 
+    @property
+    def watches_input(self) -> bool:
+        """Whether it needs or changes what its site reads."""
+        return self.reads or self.before
+
     def observe(self, name: str, value: Tensor) -> None:
         """Show an inner quantity, such as a gate, to whoever looks (`AdaptedModel.observe`)."""
         if self.observed is not None:
@@ -117,6 +126,27 @@ class Adapter(nn.Module):
             x: what the site reads, shape [B, T, D]; None unless `reads`.
             y: what the site writes (its input, if `before`), shape [B, T, D].
         """
+
+
+class Around(Adapter):
+    """What changes a whole module's call instead of the residual stream: virtual tokens of a prefix or a prompt.
+
+    `lengthens` says whether the module sees more tokens than it was given.
+    """
+
+    lengthens: bool = False
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the module's arguments, changed; the slot calls it before the module."""
+        return args, kwargs
+
+    def leave(self, module: nn.Module, output: Any) -> Any:
+        """Return the module's output, changed; the slot calls it after the module."""
+        return output
+
+    def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
+        """Return `y`: nothing is changed in the residual stream."""
+        return y
 
 
 @dataclass(frozen=True)
@@ -141,6 +171,19 @@ class Registry:
         """Return every preset by name, each as a fresh config."""
         return {p: k.config_cls(**o) for k in cls.kinds.values() for p, o in k.presets.items()}
 
+    @classmethod
+    def preset(cls, name: str) -> AdapterConfig:
+        """Return one preset as a fresh config.
+
+        Raises:
+            ConfigError: there is no such preset.
+        """
+        for kind in cls.kinds.values():
+            if name in kind.presets:
+                return kind.config_cls(**kind.presets[name])
+        there = ", ".join(sorted(p for kind in cls.kinds.values() for p in kind.presets))
+        raise ConfigError(f"there is no preset {name!r}. There are: {there}.")
+
 
 def register_adapter(name: str, presets: dict[str, dict[str, Any]] | None = None) -> Callable[[C], C]:
     """Register a config class as an adapter kind (a class decorator).
@@ -148,6 +191,9 @@ def register_adapter(name: str, presets: dict[str, dict[str, Any]] | None = None
     Args:
         name: the kind's name in lower case; also its PEFT type.
         presets: named settings of this kind; by default one, of the kind's name.
+
+    Raises:
+        ConfigError: the name, or a preset's, is taken.
     """
 
     def register(config_cls: C) -> C:
@@ -155,8 +201,11 @@ def register_adapter(name: str, presets: dict[str, dict[str, Any]] | None = None
 
         if name in Registry.kinds:
             raise ConfigError(f"the adapter kind {name!r} is registered already. Choose another name.")
+        named = {name: {}} if presets is None else presets
+        if taken := [p for kind in Registry.kinds.values() for p in kind.presets if p in named]:
+            raise ConfigError(f"{name!r}: there is a preset {taken[0]!r} of another kind already. Choose another name.")
         config_cls.registered_as = register_kind(name, config_cls)
-        Registry.kinds[name] = Kind(name, config_cls, {name: {}} if presets is None else presets)
+        Registry.kinds[name] = Kind(name, config_cls, named)
         return config_cls
 
     return register
@@ -170,12 +219,7 @@ def as_config(config: str | AdapterConfig, **overrides: Any) -> AdapterConfig:
     """
     import copy
 
-    if isinstance(config, AdapterConfig):
-        made = copy.deepcopy(config)
-    elif config in (presets := Registry.presets()):
-        made = presets[config]
-    else:
-        raise ConfigError(f"there is no preset {config!r}. There are: {', '.join(sorted(presets))}.")
+    made = copy.deepcopy(config) if isinstance(config, AdapterConfig) else Registry.preset(config)
     unknown = set(overrides) - {f.name for f in fields(made)}
     if unknown:
         raise ConfigError(f"unknown adapter setting {sorted(unknown)[0]!r} for {type(made).__name__}.")

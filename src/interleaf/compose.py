@@ -159,10 +159,10 @@ def _child(child: Any) -> Any:
 
 
 def _quoted(node: Any) -> str:
-    return str(node) if isinstance(node, Composition) or re.fullmatch(r"[\w.-]+", node) else f'"{node}"'
+    return str(node) if isinstance(node, Composition) or re.fullmatch(r"[\w./-]+", node) else f'"{node}"'
 
 
-_TOKEN = re.compile(r'\s*(?:"([^"]*)"|([\w.-]+)|([(),=\[\]]))')
+_TOKEN = re.compile(r'\s*(?:"([^"]*)"|([\w./-]+)|([(),=\[\]]))')
 
 
 def parse(text: str) -> Any:

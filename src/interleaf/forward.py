@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from interleaf.adapter import Around
 from interleaf.compose import by_row, head_of, leaves, per_row, width
 from interleaf.errors import AdapterError
 from interleaf.interpret import row_parts, row_slices
@@ -33,17 +34,20 @@ class Places:
         # real tokens in each row's prompt: [B, 1], or one number for all rows
         self.ends: Tensor | int | None = None
         self._level = 0
+        # whether virtual tokens stand before the text's
+        self.lengthened = False
 
     def begin(self, level: int, inputs: dict[str, Any], keep_prompt: bool) -> None:
         """Note mask, cache and prompt of a forward pass; the modules around a stack call it, outermost first."""
         fresh, self._level = level <= self._level, level
         mask = inputs.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self.lengthened &= not fresh
         if not fresh and mask is None:
             return
         tokens = next((inputs[n] for n in _TOKENS if isinstance(inputs.get(n), Tensor)), None)
         count = int(tokens.shape[1]) if tokens is not None and tokens.ndim > 1 else 0
-        self.mask, self.past = mask, _past(inputs, mask, count)
+        self.mask, self.past = mask, past_length(inputs, mask, count)
         if self.past == 0 and not (keep_prompt and self.ends is not None):
             self.ends = _prompt(mask, inputs.get("labels"), count)
 
@@ -59,8 +63,10 @@ class Places:
         """Return each token's place among its row's real tokens, shape [B, T]; padding has -1.
 
         Raises:
-            AdapterError: a site that does not see the batch as [B, T, D].
+            AdapterError: a site that does not see the batch as [B, T, D], or sees virtual tokens too.
         """
+        if self.lengthened:
+            raise AdapterError("a prompt's virtual tokens run: beside it no adapter can be for chosen tokens only.")
         if y.ndim != 3 or (self.mask is not None and self.mask.shape[0] != y.shape[0]):
             raise AdapterError(f"a site of shape {tuple(y.shape)}, not [B, T, D]: its tokens cannot be told apart.")
         count = y.shape[1]
@@ -80,7 +86,8 @@ class Places:
         return chosen & (places >= 0) & (places < ends)
 
 
-def _past(inputs: dict[str, Any], mask: Tensor | None, count: int) -> int:
+def past_length(inputs: dict[str, Any], mask: Tensor | None, count: int) -> int:
+    """Return how many tokens are in the cache already."""
     for name in _CACHES:
         length = getattr(inputs.get(name), "get_seq_length", None)
         if length is not None:
@@ -157,6 +164,9 @@ class Running:
         if unknown := [name for name in leaves(node) if name not in known]:
             there = ", ".join(sorted(known)) or "none"
             raise AdapterError(f"adapter_names: there is no adapter {unknown[0]!r} here. There are: {there}.")
+        whole = {n for slot in self.slots for n, a in slot.adapters.items() if isinstance(a, Around)}
+        if found := [name for name in leaves(node) if name in whole]:
+            raise AdapterError(f"adapter_names: {found[0]!r} has virtual tokens, which take a whole batch.")
         self.rows = node
 
     @contextlib.contextmanager
@@ -178,6 +188,12 @@ class Running:
         return 1 if self.rows is not None or isinstance(self.node, str) else width(self.node)
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if getattr(module, "_is_replica", False):
+            # a replica's hooks are those of the model it was copied from, and so are the adapters they hold
+            raise AdapterError(
+                "torch.nn.DataParallel would run every copy with the first one's adapters. Start with "
+                "`torchrun --nproc-per-node N` instead, or show one device only (CUDA_VISIBLE_DEVICES=0)."
+            )
         names = kwargs.get("adapter_names")
         if not self.generating:
             self.rows = None

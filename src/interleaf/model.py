@@ -201,8 +201,10 @@ class AdaptedModel:
         plain = isinstance(node, str) or (type(node) is Stack and names == list(node.children))
         if not plain and (foreign := [name for name in names if _foreign(self.adapters[name])]):
             raise AdapterError(
-                f"{foreign[0]!r} is a method of PEFT's own: it can be stacked by name, but not in {node}."
+                f"{foreign[0]!r} is a method of PEFT's own: only as a part of a union can it run in {node}."
             )
+        if not plain and (whole := [name for name in names if self.adapters[name].virtual_tokens]):
+            raise AdapterError(f"{whole[0]!r} has virtual tokens, which take a whole batch: it stacks, but not {node}.")
         return node
 
     def _layers(self, layers: str | list[int] | None) -> frozenset[int]:
@@ -240,8 +242,9 @@ class AdaptedModel:
         watched: list[Adapter] = []
         for slot in slots(self._module):
             for name, adapter in cast("dict[str, Adapter]", slot.adapters).items():
-                adapter.observed = found.setdefault((name, slot.site.write), {})
-                watched.append(adapter)
+                for part in (m for m in adapter.modules() if isinstance(m, Adapter)):
+                    part.observed = found.setdefault((name, slot.place), {})
+                    watched.append(part)
         try:
             yield found
         finally:
@@ -330,6 +333,12 @@ class AdaptedModel:
         from interleaf import store
 
         return store.load(self, path, name or options.pop("adapter_name", None), **options)
+
+    def merge_adapters(self, name: str, weights: Mapping[str, float], method: str = "linear", **options: Any) -> None:
+        """Make a new adapter of the weighted sum of others, by task arithmetic; see `merge.merge`."""
+        from interleaf.merge import merge
+
+        merge(self, name, weights, method, **options)
 
     def adapter_summary(self) -> list[AdapterSummary]:
         """Describe every adapter of the model: kind, sites, parameters, bytes."""

@@ -6,13 +6,14 @@ the slot away leaves no trace. Hooks run inside the block, hence also in gradien
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from interleaf.adapter import Adapter
+from interleaf.adapter import Adapter, Around
 from interleaf.compose import Stack, backwards, expand, leaves, prune
 from interleaf.errors import SiteError
 from interleaf.forward import Running
@@ -20,6 +21,7 @@ from interleaf.interpret import run
 from interleaf.sites import Site
 
 SLOT = "adapter_slot"
+MAP = "map"  # holds the slot of what belongs to one linear map (LoRA): it runs before the module's other slot
 _NOTHING = object()  # no composition has been planned for
 
 
@@ -44,14 +46,25 @@ class Slot(nn.Module, BaseTunerLayer):
         self._planned: Any = _NOTHING
         self._before_plan: Any = ""
         self._after_plan: Any = ""
+        self._around: list[Around] = []
         self._reads = False
         write, read = base.get_submodule(site.write), base.get_submodule(site.read)
         self._hooks = [
             read.register_forward_pre_hook(self._before, with_kwargs=True),
-            write.register_forward_hook(self._after),
+            write.register_forward_hook(self._after, prepend=site.map_width > 0),
         ]
         running.slots.append(self)
-        write.add_module(SLOT, self)
+        if site.map_width:
+            write.add_module(MAP, nn.Module())
+        _holder(base, site).add_module(SLOT, self)
+
+    def join(self, site: Site, base: nn.Module, adapter: Adapter) -> None:
+        """Read for an adapter that joins where no other reads, and remember the norm that it names."""
+        read = site.read if adapter.watches_input else self.site.read
+        if read != self.site.read:
+            self._hooks[0].remove()
+            self._hooks[0] = base.get_submodule(read).register_forward_pre_hook(self._before, with_kwargs=True)
+        self.site = replace(self.site, read=read, norm=self.site.norm or site.norm)
 
     def add(self, name: str, adapter: Adapter, like: Tensor | None) -> None:
         """Put an adapter in, on the device and in the float type of a weight of the base."""
@@ -66,7 +79,12 @@ class Slot(nn.Module, BaseTunerLayer):
         for hook in self._hooks:
             hook.remove()
         self.running.slots.remove(self)
-        delattr(base.get_submodule(self.site.write), SLOT)
+        delattr(base.get_submodule(self.site.write), MAP if self.site.map_width else SLOT)
+
+    @property
+    def place(self) -> str:
+        """The name of the module the slot is a child of."""
+        return f"{self.site.write}.{MAP}" if self.site.map_width else self.site.write
 
     @property
     def weight(self) -> Tensor:
@@ -99,6 +117,8 @@ class Slot(nn.Module, BaseTunerLayer):
         node = expand(node, {n: a.composition for n, a in kinds.items() if a.composition is not None})
         if self.site.position == "unembedding":
             node = backwards(node)  # what was done last is undone first
+        self._around = [kinds[n] for n in leaves(node) if isinstance(kinds.get(n), Around)]
+        kinds = {n: a for n, a in kinds.items() if not isinstance(a, Around)}
         self._before_plan = prune(node, lambda n: n in kinds and kinds[n].before)
         self._after_plan = prune(node, lambda n: n in kinds and not kinds[n].before)
         self._reads = any(kinds[n].reads for n in leaves(self._after_plan))
@@ -108,7 +128,11 @@ class Slot(nn.Module, BaseTunerLayer):
             return True
         if self.running.current is not self._planned:
             self._plan()
-        return not (self._before_plan or self._after_plan)
+        return not (self._before_plan or self._after_plan or self._around)
+
+    def around(self) -> list[Around]:
+        """Return what changes the call of the slot's module now, in the order it does."""
+        return [] if self._idle() else self._around
 
     def forward(self, x: Tensor) -> Tensor:
         """Pass on what is given: where a slot is a child of an `nn.Sequential`, it is called in turn."""
@@ -140,31 +164,40 @@ class Slot(nn.Module, BaseTunerLayer):
         return self._run(plan, x, streams).flatten(-2)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._idle() or not (self._before_plan or self._reads):
+        if self._idle() or not (self._before_plan or self._reads or self._around):
             return None
+        for adapter in self._around:
+            args, kwargs = adapter.enter(module, args, kwargs)
+            self.running.places[self.site.stack].lengthened |= adapter.lengthens
+        if not (self._before_plan or self._reads):
+            return args, kwargs
         place = _residual_place(args, kwargs, self.site)
         x: Tensor = kwargs[place] if isinstance(place, str) else args[place]
         changed = self._run(self._before_plan, None, x) if self._before_plan else x
         if self._reads:
             self._read = changed
         if changed is x:
-            return None
+            return (args, kwargs) if self._around else None
         if isinstance(place, str):
             return args, {**kwargs, place: changed}
         return (*args[:place], changed, *args[place + 1 :]), kwargs
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._idle() or not self._after_plan:
+        if self._idle():
             return None
+        for adapter in reversed(self._around):
+            output = adapter.leave(module, output)
+        if not self._after_plan:
+            return output if self._around else None
         y: Tensor = output if isinstance(output, Tensor) else output[0]
         x = self._read
-        if x is not None and x.numel() != y.numel():
+        if x is not None and x.numel() * self.site.width != y.numel() * (self.site.map_width or self.site.width):
             return None  # this module also writes something else (global tokens); `settle` sees to the rest
         y = self._run(self._after_plan, x, y)
         self._read = None
         if isinstance(output, Tensor):
             return y
-        return _with_first(output, y)
+        return with_first(output, y)
 
     def settle(self) -> None:
         """Check, at the end of a forward pass, that what was read was used.
@@ -191,7 +224,8 @@ def adapter_is_real(adapter: nn.Module) -> bool:
     return not any(p.device.type == "meta" for p in adapter.parameters())
 
 
-def _with_first(output: Any, y: Tensor) -> Any:
+def with_first(output: Any, y: Tensor) -> Any:
+    """Return a module's output with another hidden state."""
     if isinstance(output, tuple):
         return type(output)(y, *output[1:]) if hasattr(output, "_fields") else (y, *output[1:])
     if isinstance(output, list):
@@ -204,17 +238,29 @@ def _with_first(output: Any, y: Tensor) -> Any:
 def _residual_place(args: tuple[Any, ...], kwargs: dict[str, Any], site: Site) -> int | str:
     """Find the argument that carries the residual stream: the first as wide as the model, or as several streams."""
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    expected = site.map_width or site.width
     wide = [(k, v.shape[-1]) for k, v in given if isinstance(v, torch.Tensor) and v.ndim > 1 and v.is_floating_point()]
     for place, size in wide:
-        if size == site.width:
+        if size == expected:
             return place
     for place, size in wide:
-        if size % site.width == 0:
+        if size % expected == 0:
             return place
     raise SiteError(
-        f"{site.read}: none of its inputs has the model's width {site.width}, so there is nothing to read. "
+        f"{site.read}: none of its inputs has the model's width {expected}, so there is nothing to read. "
         "Use connection='serial' here, or name other modules with `target_modules`."
     )
+
+
+def slot_in(model: nn.Module, site: Site) -> Slot | None:
+    """Return the slot at a site, if there is one."""
+    slot: Slot | None = getattr(_holder(model, site), SLOT, None)
+    return slot
+
+
+def _holder(model: nn.Module, site: Site) -> Any:
+    module: Any = model.get_submodule(site.write)
+    return getattr(module, MAP, None) if site.map_width else module
 
 
 def slots(model: nn.Module) -> list[Slot]:

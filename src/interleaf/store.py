@@ -153,8 +153,11 @@ def load(
     *,
     is_trainable: bool = False,
     tokenizer: Any = None,
+    with_head: bool = False,
 ) -> str:
     """Load an adapter onto a model and make it active; an adapter of that name gets the weights instead.
+
+    `with_head` is for AdapterHub's folders: load the prediction head too. Our own always bring theirs.
 
     Returns:
         the adapter's name.
@@ -164,7 +167,11 @@ def load(
     """
     folder = _folder(path)
     if adapterhub.is_adapterhub(folder):
-        return adapterhub.load(model, folder, name)
+        name = adapterhub.load(model, folder, name, with_head=with_head)
+        _trainable(model._module, name, is_trainable)
+        return name
+    if with_head:
+        raise StoreError(f"with_head: {folder} is not AdapterHub's; an adapter brings the head it was saved with.")
     stored = read(folder)
     _same_base(stored, model._module, tokenizer)
     name = name or stored.record.get("name", "default")

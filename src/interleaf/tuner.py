@@ -6,22 +6,26 @@ Written for peft 0.21 and transformers 5; `tests/test_tuner.py` fails loudly whe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
-from peft import PeftType
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper, register_peft_method
 from peft.utils.other import set_additional_trainable_modules
 from torch import Tensor, nn
 
-from interleaf.adapter import AdapterConfig
+from interleaf.adapter import Adapter, AdapterConfig, Around
 from interleaf.compose import Fuse
-from interleaf.errors import AdapterError
+from interleaf.errors import AdapterError, SiteError
 from interleaf.forward import Running
 from interleaf.sites import Site, stack_names
-from interleaf.slot import SLOT, Slot, slots
+from interleaf.slot import SLOT, Slot, slot_in, slots
 
 
 def register_kind(name: str, config_cls: type[AdapterConfig]) -> PeftType:
@@ -76,12 +80,14 @@ class AdapterTuner(BaseTuner):
             adapter.train(model.training)
             if adapter.composition is not None:
                 adapter.composition = Fuse(*adapter.composition.children, name=adapter_name)
+        for site, adapter in made:
+            check_reader(model, site, adapter)
         running = running_of(model)
         if config.modules_to_save is None:
             config.modules_to_save = task_head(model) or None
         kept = {} if not slots(model) else {p: p.requires_grad for p in model.parameters()}
         for site, adapter in made:
-            slot_at(model, site, running).add(adapter_name, adapter, nearest_weight(model, site))
+            slot_at(model, site, running, adapter).add(adapter_name, adapter, nearest_weight(model, site))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._mark_only_adapters_as_trainable(model)
         set_additional_trainable_modules(
@@ -126,7 +132,7 @@ class AdapterTuner(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # by its place in the slot: PEFT's own rule takes the name for a parameter's when it is followed by two parts
-        return key.replace(f".{SLOT}.adapters.{adapter_name}.", f".{SLOT}.adapters.")
+        return key.replace(f"{SLOT}.adapters.{adapter_name}.", f"{SLOT}.adapters.")
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -142,24 +148,36 @@ def running_of(model: nn.Module) -> Running:
     return Running(model)
 
 
-def slot_at(model: nn.Module, site: Site, running: Running) -> Slot:
-    """Return the slot at a site, made if there is none yet."""
-    existing = getattr(model.get_submodule(site.write), SLOT, None)
+def slot_at(model: nn.Module, site: Site, running: Running, adapter: Adapter) -> Slot:
+    """Return the slot at a site that an adapter joins, made if there is none yet."""
+    existing = slot_in(model, site)
     if existing is None:
         if site.stack not in running.places:
             running.watch(model, site.stack, stack_names(model))
         return Slot(site, model, running)
-    if existing.site.read != site.read:
+    existing.join(site, model, adapter)
+    return existing
+
+
+def check_reader(model: nn.Module, site: Site, adapter: Adapter) -> None:
+    """Check that an adapter can join those at a site: all that read there read the same.
+
+    Raises:
+        AdapterError: they do not.
+    """
+    existing = slot_in(model, site)
+    if existing is None or existing.site.read == site.read or not adapter.watches_input:
+        return
+    if any(other.watches_input for other in existing.adapters.values()):
         raise AdapterError(
             f"{site.write} carries an adapter that reads {existing.site.read}, the new one reads {site.read}. "
             "Use the same positions or target_modules for both."
         )
-    return existing
 
 
 def adapters_at(model: nn.Module, site: Site) -> dict[str, Any]:
     """Return the adapters that are at a site, by name."""
-    slot = getattr(model.get_submodule(site.write), SLOT, None)
+    slot = slot_in(model, site)
     return {} if slot is None else dict(slot.adapters.items())
 
 
@@ -213,6 +231,113 @@ def strip(model: nn.Module) -> None:
             module.modules_to_save.clear()
     remove_empty_slots(model)
     model.__dict__.pop("peft_config", None)
+
+
+def plain_method(config: PeftConfig) -> Any:
+    """Return PEFT's tuner class of a config, or None if it does more in a forward pass than its layers do."""
+    method = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    return method if method is not None and method.forward is BaseTuner.forward else None
+
+
+class Attends(Around):
+    """What takes part in an attention module's computation, such as a prefix of keys and values."""
+
+    @abstractmethod
+    def attend(self, attention: Callable[..., Any], module: nn.Module, *qkvm: Tensor, **options: Any) -> Any:
+        """Return the attention's output and weights.
+
+        Args:
+            attention: the function that transformers would call: `attention(module, *qkvm, **options)`.
+            module: the attention module.
+            qkvm: query, keys and values, shape [B, heads, T, width of a head], and the mask or None.
+            options: what else the module tells the function.
+        """
+
+
+_seen: dict[int, tuple[int, int, int]] | None = None
+_ATTENTIONS = ("sdpa", "eager")  # the others take masks of other forms
+
+
+def teach_attention() -> None:
+    """Let what is in an attention module's slot take part, in every model that uses transformers' attention interface.
+
+    A module without such a slot computes as before.
+    """
+    from transformers.modeling_utils import AttentionInterface
+
+    if hasattr(AttentionInterface, "_asks_slots"):
+        return
+    get = AttentionInterface.get_interface
+
+    def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(_attend, get(self, attn_implementation, default), attn_implementation)
+
+    AttentionInterface.get_interface = get_interface
+    AttentionInterface._asks_slots = True
+
+
+def _attend(attention: Callable[..., Any], kind: str, module: nn.Module, *qkv: Tensor, **options: Any) -> Any:
+    if _seen is not None:
+        _seen[id(module)] = (qkv[1].shape[1], qkv[1].shape[3], qkv[2].shape[3])
+    slot = module._modules.get(SLOT)
+    parts = [a for a in slot.around() if isinstance(a, Attends)] if isinstance(slot, Slot) else []
+    if parts and kind not in _ATTENTIONS:
+        raise SiteError(f"a prefix cannot run with the attention {kind!r}: load the model with {_CHOICE}.")
+    mask = options.pop("attention_mask") if len(qkv) == 3 else None
+    qkvm = (*qkv, mask) if len(qkv) == 3 else qkv
+    for part in parts:
+        attention = functools.partial(part.attend, attention)
+    return attention(module, *qkvm, **options)
+
+
+_CHOICE = " or ".join(f"attn_implementation={kind!r}" for kind in _ATTENTIONS)
+
+
+def attention_shapes(model: Any) -> dict[str, tuple[int, int, int]]:
+    """Find the modules that attend through transformers' attention interface, by running the model on two tokens.
+
+    Returns:
+        by name: the number of heads of the keys, their width, and the values' width.
+
+    Raises:
+        SiteError: an attention that cannot take a prefix, or a model that does not run on tokens alone.
+    """
+    global _seen
+    if (kind := getattr(model.config, "_attn_implementation", None)) not in _ATTENTIONS:
+        raise SiteError(f"a prefix cannot run with the attention {kind!r}: load the model with {_CHOICE}.")
+    teach_attention()
+    trunk = getattr(model, "base_model", model)
+    names = ["input_ids", *(["decoder_input_ids"] if model.config.is_encoder_decoder else [])]
+    ids = torch.ones(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    _seen = {}
+    try:
+        with _quiet(model), torch.no_grad():
+            trunk.forward(**dict.fromkeys(names, ids))
+        return {n: _seen[id(m)] for n, m in model.named_modules() if id(m) in _seen}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SiteError(
+            f"a prefix has no place: {type(model).__name__} does not run on tokens alone. {error}"
+        ) from error
+    finally:
+        _seen = None
+
+
+@contextlib.contextmanager
+def _quiet(model: Any) -> Iterator[None]:
+    """Run as the base, without dropout, inside a `with` block."""
+    trains = [(m, m.training) for m in model.modules()]
+    every: list[Any] = list(slots(model))
+    off = [(s, s._disable_adapters) for s in every]
+    model.eval()
+    for slot, _ in off:
+        slot._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module, training in trains:
+            module.training = training  # one by one: `train()` would set the children too
+        for slot, disabled in off:
+            slot._disable_adapters = disabled
 
 
 def teach_trainer(adapted_cls: Any) -> None:

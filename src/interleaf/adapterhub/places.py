@@ -9,15 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from interleaf.adapters import BottleneckConfig, CompacterConfig
+from interleaf.blocks import is_linear
 from interleaf.errors import StoreError
-from interleaf.sites import find_sites, is_linear
+from interleaf.sites import find_sites
 from interleaf.slot import slots
 
-CONFIG, FUSION = "adapter_config.json", "adapter_fusion_config.json"
-WEIGHTS = {
-    CONFIG: ("adapter.safetensors", "pytorch_adapter.bin"),
-    FUSION: ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin"),
-}
 FLAGS = {"attention": "mh_adapter", "ffn": "output_adapter", "cross_attention": "cross_adapter"}
 _BESIDE = {"attention": "attention_adapters", "ffn": "output_adapters", "cross_attention": "cross_attention_adapters"}
 
@@ -55,10 +52,11 @@ def places(model: Any) -> list[Place]:
     order = _order(model)
     modules = dict(model.named_modules())
     prefix = f"{model.base_model_prefix}."
-    stacks = list(dict.fromkeys(site.stack for site in find_sites(model)))
-    depth = {stack: 1 + max(s.layer for s in find_sites(model) if s.stack == stack) for stack in stacks}
+    sites = find_sites(model)
+    stacks = list(dict.fromkeys(site.stack for site in sites))
+    depth = {stack: 1 + max(s.layer for s in sites if s.stack == stack) for stack in stacks}
     found = []
-    for site in find_sites(model):
+    for site in sites:
         if site.position not in FLAGS:
             continue
         block = f"{site.stack}.{site.layer}"
@@ -104,6 +102,27 @@ def _around(read: str, write: str, block: str, order: list[str], modules: dict[s
     norm = next((n for n in order[order.index(write) :] if is_norm(n)), "")
     parent = write.rpartition(".")[0]
     return read, norm, parent if norm.rpartition(".")[0] == parent != block else ""
+
+
+def fusion_query(children: list[Any]) -> str:
+    """Tell what asks in AdapterHub's fusion of adapters: the residual stream, or the layer's output.
+
+    Args:
+        children: their configs, None for one that is not on the model.
+
+    Raises:
+        StoreError: a fusion of them is not the same function in both libraries.
+    """
+    if None in children:
+        return "output"  # which one is missing is said when the fusion is added
+    if any(not isinstance(c, BottleneckConfig | CompacterConfig) for c in children):
+        raise StoreError("AdapterHub fuses bottleneck adapters by name only, here without invertible ones.")
+    if any(getattr(c, "gate", False) or getattr(c, "norm_after", False) for c in children):
+        raise StoreError("AdapterHub fuses what adapters give before gate and ln_after; that has no equal here.")
+    found = {c.connection for c in children}
+    if len(found) > 1 or not found <= {"serial", "stream"}:
+        raise StoreError(f"AdapterHub's fusion of adapters with connection {sorted(found)} has no equal here.")
+    return "stream" if found == {"stream"} else "output"
 
 
 def _leaves(module: nn.Module) -> dict[str, str]:

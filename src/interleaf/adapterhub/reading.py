@@ -2,102 +2,63 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers.activations import ACT2FN
 
 from interleaf.adapter import AdapterConfig
-from interleaf.adapterhub.places import CONFIG, FUSION, WEIGHTS, Place, named_weights, places
+from interleaf.adapterhub.disk import CONFIG, FUSION, read_files
+from interleaf.adapterhub.heads import Head
+from interleaf.adapterhub.options import connection, read_options, undone
+from interleaf.adapterhub.places import Place, fusion_query, named_weights, places
 from interleaf.adapters import BottleneckConfig, CompacterConfig, FusionConfig, InvertibleConfig, UnionConfig
 from interleaf.errors import StoreError
 
 if TYPE_CHECKING:
     from interleaf.model import AdaptedModel
 
-# AdapterHub's classes for these, unless with its flexible heads, never undo an invertible adapter
-_OWN_CLASSES = (
-    *("albert", "bart", "bert", "bert-generation", "deberta", "deberta-v2", "distilbert", "electra"),
-    *("encoder-decoder", "gpt2", "gptj", "llama", "mbart", "mistral", "mt5", "plbart", "roberta", "t5"),
-    *("whisper", "xlm-roberta", "xmod"),
-)
-_LEGACY = tuple(f"{where}_text_{what}_adapters" for where in ("attention", "layer") for what in ("task", "lang"))
 
-
-def is_adapterhub(folder: Path) -> bool:
-    """Tell whether a folder holds AdapterHub's files rather than PEFT's."""
-    if (folder / FUSION).is_file():
-        return True
-    try:
-        told = json.loads((folder / CONFIG).read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(told, dict) and isinstance(told.get("config"), dict) and "peft_type" not in told
-
-
-def load(model: AdaptedModel, folder: Path, name: str | None = None) -> str:
+def load(model: AdaptedModel, folder: Path, name: str | None = None, *, with_head: bool = False) -> str:
     """Load an AdapterHub adapter, or a fusion of adapters that are on the model, and make it active.
 
-    A head in the folder is left alone: the model's own stays as it is.
+    Args:
+        model: what it is loaded onto.
+        folder: where AdapterHub's files are.
+        name: how to call it; by default as AdapterHub did.
+        with_head: also load the prediction head in the folder, as the adapter's own; by default it is left alone.
 
     Returns:
         the adapter's name.
 
     Raises:
-        StoreError: another architecture or width, a missing or unknown tensor, an option that has no equal here.
+        StoreError: another architecture or width, a missing or unknown tensor, an option or a head that has no equal
+            here; the model stays as it was.
     """
     base: Any = model._module
     fusion = (folder / FUSION).is_file()
-    told, tensors = _read(folder, FUSION if fusion else CONFIG)
+    told, tensors = read_files(folder, FUSION if fusion else CONFIG)
     if told.get("model_type") not in (None, base.config.model_type):
         theirs, ours = told["model_type"], base.config.model_type
         raise StoreError(f"{folder} was made for another architecture: {theirs}, this model is {ours}.")
     own = str(told.get("name") or "default")
     name = name or own.replace(".", "_")
     there = places(base)
-    if fusion:
-        config: AdapterConfig = _fusion_config(told, model, folder)
-    else:
-        flexible = "AdapterModel" in str(told.get("model_class"))
-        undo = flexible or base.config.model_type not in _OWN_CLASSES
-        config = _config(told["config"], there, _found_keys(tensors, own, there), folder, tensors, undo)
-    before = dict(model.adapters)
-    model.add_adapter(name, config, modules_to_save=[])
+    config = _fusion_config(told, model, folder) if fusion else _config(told, there, base, folder, tensors)
+    head = Head.read(base, folder) if with_head else None
+    before = model.active_setup
+    with torch.random.fork_rng(devices=[]):  # loading draws no random numbers a user could notice
+        model.add_adapter(name, config, modules_to_save=head.modules if head is not None else [])
     try:
         _fill(base, name, own, there, tensors, folder)
+        if head is not None:
+            head.fill(base, name)
     except StoreError:
-        if name not in before:
-            model.delete_adapter(name)
+        model.delete_adapter(name)
+        model.set_adapter(before or None)
         raise
     return name
-
-
-def _read(folder: Path, config: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        told = json.loads((folder / config).read_text("utf-8"))
-        path = next((folder / f for f in WEIGHTS[config] if (folder / f).is_file()), None)
-        if path is None:
-            raise StoreError(f"{folder} holds none of {', '.join(WEIGHTS[config])}.")
-        safe = path.suffix == ".safetensors"
-        tensors = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except StoreError:
-        raise
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        kind = "damaged" if isinstance(error, SafetensorError | OSError | ValueError | RuntimeError) else "unreadable"
-        raise StoreError(f"{folder} is {kind}: {reason}") from error
-    return told, {_modern(key): tensor for key, tensor in tensors.items()}
-
-
-def _modern(key: str) -> str:
-    for old in _LEGACY:
-        key = key.replace(f".{old}.", ".adapters.")
-    return key
 
 
 def _place_of(key: str, there: dict[str, Place]) -> tuple[Place, str] | None:
@@ -117,46 +78,46 @@ def _found_keys(tensors: dict[str, Tensor], own: str, there: list[Place]) -> set
 
 
 def _config(
-    c: dict[str, Any], there: list[Place], found: set[str], folder: Path, tensors: dict[str, Tensor], undo: bool
+    told: dict[str, Any], there: list[Place], base: Any, folder: Path, tensors: dict[str, Tensor]
 ) -> AdapterConfig:
-    if c.get("architecture") or "mh_adapter" not in c:
-        raise StoreError(f"{folder}: {c.get('architecture')} is no bottleneck; see docs/adapterhub.md.")
-    left_out = set(c.get("leave_out") or [])
-    wanted = [p for p in there if c.get(p.flag) and p.index not in left_out]
+    c = read_options(told, folder)
+    left_out = set(c["leave_out"])
+    wanted = [p for p in there if c[p.flag] and p.index not in left_out]
+    found = _found_keys(tensors, str(told.get("name") or "default"), there)
     if missing := [p.key for p in wanted if p.key not in found]:
         raise StoreError(f"{folder} has no weights for {missing[0]}: it is damaged, or was made for another base.")
-    connection = _connection(c, any(place.norm for place in there), folder)
-    targets = [place.target(connection) for place in wanted]
-    shared: dict[str, Any] = {"target_modules": targets, "activation": _activation(c["non_linearity"], folder)}
+    if not wanted:
+        raise StoreError(f"{folder}: its options put it nowhere in this model.")
+    how = connection(c, any(place.norm for place in there))
     width = _width(tensors, wanted[0].key)
-    if c.get("phm_layer"):
-        if (
-            connection not in ("serial", "stream")
-            or not c["factorized_phm_W"]
-            or c["factorized_phm_rule"]
-            or not c["shared_phm_rule"]
-        ):
-            raise StoreError(f"{folder}: this form of Compacter has no equal here; see docs/adapterhub.md.")
-        shared |= {"phm_dim": c["phm_dim"], "phm_rank": c["phm_rank"], "bottleneck_dim": width}
-        config: AdapterConfig = CompacterConfig(connection=connection, **shared)
+    shared: dict[str, Any] = {
+        "target_modules": [place.target(how) for place in wanted],
+        "activation": c["non_linearity"],
+        "connection": "serial" if how == "after_norm" else how,
+        "scaling": c["scaling"] if isinstance(c["scaling"], str) else float(c["scaling"]),
+    }
+    if c["phm_layer"]:
+        config: AdapterConfig = CompacterConfig(
+            phm_dim=c["phm_dim"], phm_rank=c["phm_rank"], bottleneck_dim=width, **shared
+        )
     else:
         config = BottleneckConfig(
-            connection="serial" if connection == "after_norm" else connection,
             **_widths(c["reduction_factor"], width, wanted),
-            scaling=c["scaling"] if isinstance(c["scaling"], str) else float(c["scaling"]),
             norm_before=c["ln_before"],
             norm_after=c["ln_after"],
             gate="sequence" if c["use_gating"] else False,
-            dropout=c.get("dropout", 0.0),
-            stochastic_depth=c.get("stochastic_depth", 0.0),
+            dropout=c["dropout"],
+            stochastic_depth=0.0 if c["is_parallel"] else c["stochastic_depth"],
             **shared,
         )
-    if not c.get("inv_adapter"):
+    # task adapters of the first version tell of an inverse they have not
+    unused = told.get("type") == "text_task" and not any("invertible_adapters." in key for key in tensors)
+    if not c["inv_adapter"] or unused:
         return config
-    if c["inv_adapter"] != "nice":
-        raise StoreError(f"{folder}: inv_adapter={c['inv_adapter']!r} does not run in AdapterHub either.")
     inverse = InvertibleConfig(
-        activation=shared["activation"], reduction_factor=c["inv_adapter_reduction_factor"], undo=undo
+        activation=c["non_linearity"],
+        reduction_factor=c["inv_adapter_reduction_factor"],
+        undo=undone(str(told.get("model_class")), base),
     )
     return UnionConfig(parts=[config, inverse])
 
@@ -168,28 +129,6 @@ def _widths(factor: Any, width: int, there: list[Place]) -> dict[str, Any]:
     return {"reduction_factor": {p.block: factor.get(str(p.index), factor.get("default")) for p in there}}
 
 
-def _connection(c: dict[str, Any], post_norm: bool, folder: Path) -> str:
-    scaled = c["scaling"] != 1.0 or c["use_gating"]
-    if c["ln_after"] and (c["adapter_residual_before_ln"] or scaled):
-        raise StoreError(f"{folder}: ln_after with a residual, a gate or a factor before it has no equal here.")
-    if c["is_parallel"]:
-        return "parallel"
-    if not c["original_ln_before"] and c["residual_before_ln"] is True and c["original_ln_after"]:
-        return "serial"
-    if c["original_ln_before"] and c["residual_before_ln"] is True and c["original_ln_after"]:
-        return "stream"
-    if c["original_ln_before"] and c["residual_before_ln"] is False and not c["original_ln_after"]:
-        return "after_norm" if post_norm else "stream"
-    raise StoreError(f"{folder}: this combination of original_ln_* and residual_before_ln has no equal here.")
-
-
-def _activation(name: str, folder: Path) -> str:
-    found = {"leakyrelu": "leaky_relu", "swish": "silu"}.get(name.lower(), name.lower())
-    if found not in ACT2FN:
-        raise StoreError(f"{folder}: the activation {name!r} is not known here.")
-    return found
-
-
 def _width(tensors: dict[str, Tensor], key: str) -> int:
     ends = (".adapter_up.weight", ".adapter_up.W_left")
     found = next(t for n, t in tensors.items() if f"{key}." in f".{n}" and n.endswith(ends))
@@ -198,13 +137,22 @@ def _width(tensors: dict[str, Tensor], key: str) -> int:
 
 def _fusion_config(told: dict[str, Any], model: AdaptedModel, folder: Path) -> FusionConfig:
     c = told["config"]
-    names = told.get("adapter_names") or str(told["name"]).split(",")
+    names = [n.replace(".", "_") for n in told.get("adapter_names") or str(told["name"]).split(",")]
     plain = c["key"] and c["query"] and c["value_before_softmax"] and not c["residual_before"]
     if not plain or c["query_before_ln"]:
         raise StoreError(f"{folder}: this form of AdapterFusion has no equal here; see docs/adapterhub.md.")
-    last: Any = model.adapters.get(names[-1])
-    query = "stream" if getattr(last, "connection", "") == "stream" else "output"
-    return FusionConfig(children=list(names), value=c["value"], query=query, dropout=c["dropout_prob"] or 0.0)
+    try:
+        query = fusion_query([model.adapters.get(name) for name in names])
+    except StoreError as error:
+        raise StoreError(f"{folder}: {error}") from error
+    # AdapterHub's temperature falls to 1 over the first forward passes and is in no file
+    return FusionConfig(
+        children=names,
+        value=c["value"],
+        query=query,
+        dropout=c["dropout_prob"] or 0.0,
+        regularization=FusionConfig.regularization if c["regularization"] else 0.0,
+    )
 
 
 def _fill(base: Any, name: str, own: str, there: list[Place], tensors: dict[str, Tensor], folder: Path) -> None:

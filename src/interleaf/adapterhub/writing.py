@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from interleaf.adapterhub.places import CONFIG, FLAGS, FUSION, WEIGHTS, Place, named_weights, places
+from interleaf.adapterhub.disk import CONFIG, FUSION, VERSION, WEIGHTS
+from interleaf.adapterhub.heads import write_head
+from interleaf.adapterhub.options import DEFAULTS, their_activation, undone
+from interleaf.adapterhub.places import FLAGS, Place, fusion_query, named_weights, places
 from interleaf.adapters import BottleneckConfig, CompacterConfig, FusionConfig, InvertibleConfig, UnionConfig
 from interleaf.errors import StoreError
 from interleaf.files import new_folder
@@ -20,8 +23,15 @@ if TYPE_CHECKING:
     from interleaf.model import AdaptedModel
 
 
-def save(model: AdaptedModel, path: str | Path, name: str, overwrite: bool = False) -> Path:
-    """Write one adapter of a model as AdapterHub's files, for `adapters` to load.
+def save(model: AdaptedModel, path: str | Path, name: str, *, with_head: bool = False, overwrite: bool = False) -> Path:
+    """Write one adapter of a model as AdapterHub's files, for `adapters` to load with `use_safetensors=True`.
+
+    Args:
+        model: what it is on.
+        path: the folder to make.
+        name: the adapter.
+        with_head: also write its own task head.
+        overwrite: whether it may take the place of another folder.
 
     Raises:
         StoreError: an adapter that AdapterHub has no equal for, or a folder in the way.
@@ -32,11 +42,11 @@ def save(model: AdaptedModel, path: str | Path, name: str, overwrite: bool = Fal
     told: dict[str, Any] = {
         "config": _fusion_settings(model, name) if fusion else _settings(model, name, there),
         "hidden_size": find_sites(base)[0].width,
-        "model_class": getattr(type(base), "_base_cls", type(base)).__name__,
+        "model_class": _class_name(model, name),
         "model_name": model.adapters[name].base_model_name_or_path,
         "model_type": base.config.model_type,
         "name": name,
-        "version": "adapters.1.3.0",
+        "version": VERSION,
     }
     if fusion:
         told["adapter_names"] = list(model.adapters[name].children)
@@ -47,7 +57,20 @@ def save(model: AdaptedModel, path: str | Path, name: str, overwrite: bool = Fal
     with new_folder(path, overwrite) as folder:
         save_file({prefix + key: tensor for key, tensor in weights.items()}, folder / WEIGHTS[config][0])
         (folder / config).write_text(json.dumps(told, indent=2) + "\n", "utf-8")
+        if with_head:
+            write_head(base, name, folder)
     return Path(path)
+
+
+def _class_name(model: AdaptedModel, name: str) -> str:
+    """Name AdapterHub's class that runs the adapter as it runs here: some undo an invertible one, some do not."""
+    base: Any = model._module
+    own = type(base).__name__
+    parts = getattr(model.adapters[name], "parts", [])
+    inverse = next((p for p in parts if isinstance(p, InvertibleConfig)), None)
+    if inverse is None or not inverse.undo or undone(own, base):
+        return own
+    return str(type(base.config).__name__.replace("Config", "AdapterModel"))
 
 
 def _doubled(weights: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
@@ -70,56 +93,49 @@ def _settings(model: AdaptedModel, name: str, there: list[Place]) -> dict[str, A
     partly = [p for p in there if flags[p.flag] and p.index not in left_out and p not in here]
     if partly:
         raise StoreError(f"{name!r}: AdapterHub leaves out whole layers only, not {partly[0].write}.")
-    sizes = [
-        _width_of(slot.adapters[name])
-        for slot in slots(model._module)
-        if slot.site.write in {*(p.write for p in here), *(p.norm for p in here)}
-    ]
-    width = sizes[0]
+    sizes = _sizes(model._module, name, here)
+    width = next(iter(sizes.values()))
     stream = connection in ("stream", "after_norm")
     settings = {
+        **DEFAULTS,
         **flags,
-        "adapter_residual_before_ln": False,
         "dropout": getattr(main, "dropout", 0.0),
-        "factorized_phm_W": True,
-        "factorized_phm_rule": False,
-        "hypercomplex_nonlinearity": "glorot-uniform",
-        "init_weights": "mam_adapter",
-        "init_weights_seed": None,
+        # AdapterHub cannot make a Compacter with the other
+        "init_weights": "bert" if compacter else "mam_adapter",
         "inv_adapter": "nice" if inverse else None,
         "inv_adapter_reduction_factor": inverse.reduction_factor if inverse else None,
         "is_parallel": connection == "parallel",
-        "learn_phm": True,
         "leave_out": left_out,
         "ln_after": getattr(main, "norm_after", False),
         "ln_before": getattr(main, "norm_before", False),
-        "non_linearity": {"silu": "swish", "leaky_relu": "leakyrelu"}.get(main.activation, main.activation),
+        "non_linearity": their_activation(main.activation),
         "original_ln_after": connection != "after_norm",
         "original_ln_before": stream,
-        "phm_bias": True,
-        "phm_c_init": "normal",
         "phm_dim": getattr(main, "phm_dim", 4),
-        "phm_init_range": 0.0001,
         "phm_layer": compacter,
         "phm_rank": getattr(main, "phm_rank", 1),
         "reduction_factor": width[0] / width[1],
         "residual_before_ln": connection != "after_norm",
         "scaling": getattr(main, "scaling", 1.0),
-        "shared_W_phm": False,
-        "shared_phm_rule": True,
         "stochastic_depth": getattr(main, "stochastic_depth", 0.0),
         "use_gating": bool(getattr(main, "gate", False)),
     }
-    if len(set(sizes)) > 1:
-        found = {p.index: size for p, size in zip(here, sizes, strict=True)}
-        settings["reduction_factor"] = {str(i): d / r for i, (d, r) in found.items()}
+    if len(set(sizes.values())) > 1:
+        settings["reduction_factor"] = {str(i): d / r for i, (d, r) in sizes.items()}
     return settings
 
 
-def _width_of(adapter: Any) -> tuple[int, int]:
-    if type(adapter).__name__ == "Compacter":
-        return adapter.up.bias.shape[0], adapter.down.bias.shape[0]
-    return adapter.up.weight.shape
+def _sizes(base: nn.Module, name: str, here: list[Place]) -> dict[int, tuple[int, int]]:
+    """Return the widths of model and bottleneck of each layer."""
+    layers = {p.write: p.index for p in here} | {p.norm: p.index for p in here if p.norm}
+    found = {}
+    for slot in slots(base):
+        if name in slot.adapters and slot.site.write in layers:
+            adapter: Any = slot.adapters[name]
+            compacter = type(adapter).__name__ == "Compacter"
+            size = (adapter.up.bias.shape[0], adapter.down.bias.shape[0]) if compacter else adapter.up.weight.shape
+            found[layers[slot.site.write]] = size
+    return found
 
 
 def _hub_connection(base: nn.Module, config: Any, name: str, there: list[Place]) -> str:
@@ -130,9 +146,10 @@ def _hub_connection(base: nn.Module, config: Any, name: str, there: list[Place])
     """
     odd = {"tokens": config.tokens != "all"}
     if isinstance(config, BottleneckConfig):
-        odd |= {"down_dim": bool(config.down_dim), "residual=False": config.residual is False}
+        odd |= {"down_dim": bool(config.down_dim)}
+        odd |= {f"residual={config.residual}": config.residual not in (None, config.connection == "serial")}
         odd |= {"gate for each token": config.gate is True}
-        odd |= {"norm_after with a factor": config.norm_after and config.scaling != 1.0}
+        odd |= {"norm_after with a factor or a gate": config.norm_after and (config.scaling != 1.0 or config.gate)}
     if wrong := [what for what, is_set in odd.items() if is_set]:
         raise StoreError(f"{name!r}: AdapterHub has no {wrong[0]}.")
     there_by_write = {p.write: p for p in there}
@@ -150,6 +167,10 @@ def _hub_connection(base: nn.Module, config: Any, name: str, there: list[Place])
 
 def _fusion_settings(model: AdaptedModel, name: str) -> dict[str, Any]:
     config: Any = model.adapters[name]
+    if config.query != fusion_query([model.adapters.get(child) for child in config.children]):
+        raise StoreError(f"{name!r}: AdapterHub has no fusion of these adapters with query={config.query!r}.")
+    if config.temperature != 1.0:
+        raise StoreError(f"{name!r}: AdapterHub does not keep a fusion's temperature.")
     return {
         "dropout_prob": config.dropout or None,
         "key": True,

@@ -26,10 +26,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 @register_adapter("compacter", PRESETS)
 @dataclass
 class CompacterConfig(AdapterConfig):
-    """A serial bottleneck whose two maps are `sum_i A_i (x) (L_i R_i)`, the rule `A` shared by all sites."""
+    """A bottleneck whose two maps are `sum_i A_i (x) (L_i R_i)`, the rule `A` shared by all sites."""
 
     connection: str = "serial"
-    """How it joins the layer: serial (fed its output), or stream (its output plus its input, as in `bottleneck`)."""
+    """How it joins the layer: serial (fed its output), parallel (its input), or stream (both, as in `bottleneck`)."""
     bottleneck_dim: int | None = None
     """Width R of the bottleneck; wins over reduction_factor. phm_dim divides it."""
     reduction_factor: float = 32
@@ -38,6 +38,8 @@ class CompacterConfig(AdapterConfig):
     """Number n of Kronecker products; divides the model's and the bottleneck's width."""
     phm_rank: int = 1
     """Rank of each product's second factor."""
+    scaling: float = 1.0
+    """Factor on what the adapter adds."""
     activation: str = "gelu"
     """Name of the non-linearity, as in transformers' ACT2FN."""
 
@@ -45,8 +47,8 @@ class CompacterConfig(AdapterConfig):
         super().__post_init__()
         if self.activation not in ACT2FN:
             raise ConfigError(f"activation={self.activation!r}: expected one of {', '.join(sorted(ACT2FN))}.")
-        if self.connection not in ("serial", "stream"):
-            raise ConfigError(f"connection={self.connection!r}: expected serial or stream.")
+        if self.connection not in ("serial", "parallel", "stream"):
+            raise ConfigError(f"connection={self.connection!r}: expected serial, parallel or stream.")
         for name in ("phm_dim", "phm_rank"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 1 or more.")
@@ -111,7 +113,7 @@ class PHMLinear(nn.Module):
 
 
 class Compacter(Adapter):
-    """`y' = y + up(act(down(y)))` with hypercomplex maps; `up` starts at zero, so it is the identity.
+    """`y' = y + s * up(act(down(z)))` with hypercomplex maps; `up` starts at zero, so it is the identity.
 
     Args:
         width: width D of the model.
@@ -121,7 +123,9 @@ class Compacter(Adapter):
 
     def __init__(self, width: int, bottleneck_dim: int, config: CompacterConfig) -> None:
         super().__init__()
-        self.reads = config.connection == "stream"
+        self.reads = config.connection != "serial"
+        self.on_stream = config.connection == "stream"
+        self.scaling = float(config.scaling)
         self.rule = nn.Parameter(torch.empty(config.phm_dim, config.phm_dim, config.phm_dim))
         nn.init.normal_(self.rule, std=config.phm_dim**-0.5)
         self.down = PHMLinear(width, bottleneck_dim, config)
@@ -131,8 +135,8 @@ class Compacter(Adapter):
 
     def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
         rule = self.__dict__.get("lender", self).rule
-        z = y if x is None else x + y
+        z = y if x is None else x + y if self.on_stream else x
         if (norm := self.__dict__.get("norm")) is not None:
             z = norm(z)
         change = self.up(self.activation(self.down(z.to(rule.dtype), rule)), rule)
-        return y + change.to(y.dtype)
+        return y + (change if self.scaling == 1.0 else change * self.scaling).to(y.dtype)

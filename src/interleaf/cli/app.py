@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import sys
 from typing import Any
 
 import typer
 
-from interleaf.errors import InterleafError
+from interleaf.errors import ConfigError, InterleafError
 
 app = typer.Typer(
     name="interleaf",
@@ -22,7 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-VERBS = ("train", "evaluate", "predict", "sites", "list", "show", "verify", "push", "fetch", "demo", "compare", "chat")
+VERBS = (
+    *("train", "evaluate", "predict", "chat", "compare", "kinds", "sites", "list", "show", "verify", "push", "fetch"),
+    "demo",
+)
 
 
 def main() -> None:
@@ -62,12 +66,27 @@ def print_json(values: Any) -> None:
 def table(title: str | None, columns: list[str], rows: list[list[Any]]) -> None:
     """Print a table for people."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     made = Table(*columns, title=title, title_justify="left")
     for row in rows:
-        made.add_row(*[str(cell) for cell in row])
+        made.add_row(*[escape(str(cell)) for cell in row])
     Console().print(made)
+
+
+def layers(text: str | None) -> str | list[int] | None:
+    """Read layers as people write them: first:n, last:n, or numbers as 0,1.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if text is None or re.fullmatch(r"(first|last):\d+", text):
+        return text
+    try:
+        return [int(number) for number in text.strip("[]").split(",")]
+    except ValueError:
+        raise ConfigError(f"layers {text!r}: expected first:n, last:n, or numbers such as 0,1.") from None
 
 
 def size(count: float) -> str:

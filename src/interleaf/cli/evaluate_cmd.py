@@ -6,22 +6,25 @@ from typing import Annotated
 
 import typer
 
-from interleaf.cli.app import app, print_json, quiet, table
+from interleaf.cli.app import app, layers, print_json, quiet, table
 
 
 @app.command(epilog="Example: interleaf evaluate out/movies bundled:tweets --json")
 def evaluate(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub name.")],
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub name, or a composition: stack(out/a, out/b).")],
     data: Annotated[str, typer.Argument(help="Labelled data: file, folder, hub name, bundled:NAME.")],
     base: Annotated[str | None, typer.Option(help="Where the base is, if not where it was.")] = None,
+    skip_layers: Annotated[
+        str | None, typer.Option(help="Layers to run without adapters: first:2, last:2, 0,1.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 64,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure a stored adapter on labelled data."""
+    """Measure a stored adapter, or a composition of several, on labelled data."""
     from interleaf.evaluate import open_adapter
 
     quiet()
-    metrics = open_adapter(adapter, base).evaluate(data, batch_size)
+    metrics = open_adapter(adapter, base, layers(skip_layers)).evaluate(data, batch_size)
     if json:
         print_json(metrics)
         return

@@ -22,9 +22,7 @@ def train(
     train: Annotated[str | None, typer.Option(help="Training data: file, folder, hub name, bundled:NAME.")] = None,
     dev: Annotated[str | None, typer.Option(help="Held-out data; by default a share of the training data.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder for the adapter.")] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="Preset: houlsby, pfeiffer, parallel, adapter_plus, textbook.")
-    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="Preset to start from: see `interleaf kinds`.")] = None,
     set: Annotated[
         list[str] | None, typer.Option(help="Adapter setting as key=value, for example layers=last:3.")
     ] = None,
