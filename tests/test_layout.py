@@ -10,7 +10,7 @@ SRC = Path(__file__).parent.parent / "src" / "interleaf"
 # a module may import from its own rank and from those to the left
 RANKS = [
     ["errors"],
-    ["settings", "files", "sites", "metrics", "card"],
+    ["settings", "files", "sites", "sandbox", "metrics", "card"],
     ["bundled"],
     ["adapter", "base"],
     ["compose"],
