@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from interleaf.errors import SandboxError
-from interleaf.sandbox import kernel
+from interleaf.sandbox import harness, kernel
 
 MIB = 1 << 20
 TIMEOUT_S = 5.0
@@ -51,7 +51,7 @@ CREATIONS = 256
 _RECEIVE, _ANSWER, _CONTINUE = 0xC0502100, 0xC0182101, 1
 _ADVICE = "Run it in a Linux container or virtual machine with a newer kernel."
 _START = (
-    f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import kernel, harness; "
+    f"import sys; sys.path.insert(0, {str(Path(harness.__file__).parent)!r}); import kernel, harness; "
     "del sys.path[0], sys.modules['kernel'], sys.modules['harness']; harness.main(kernel.confine)"
 )
 _PROBE = """
@@ -61,7 +61,7 @@ def refused(call, *arguments):
     result = getattr(libc, call)(*arguments)
     if call == "fork" and result == 0:
         os._exit(0)
-    return result < 0 and ctypes.get_errno() in (errno.EPERM, errno.EACCES)
+    return result < 0 and ctypes.get_errno() in (errno.EPERM, errno.EACCES, errno.ENOSYS)
 def possible(act, *arguments):
     try:
         act(*arguments)
@@ -207,6 +207,7 @@ def _run(source: str, test: str, timeout_s: float, memory_bytes: int) -> Outcome
         of_child.close()
         request.close()
         stack.enter_context(child)
+        stack.callback(child.kill)
         problem, watcher = _attend(child, words, proof, started + timeout_s)
         passed = not problem and child.returncode == 0 and watcher.said == watcher.proof
         output = watcher.kept.decode("utf-8", "replace")

@@ -1,8 +1,8 @@
 """Runs a program and its test inside a confined process, and proves to the parent that the test's end was reached.
 
-It runs in the child and imports the standard library only. The proof is a secret that no Python code can reach before
-the end: it lies neither in a variable nor in a container, but among the arguments of a call whose last argument is
-still being computed while the program runs.
+It runs in the child and imports as little as it can, to start soon. The proof is a secret that no Python code can
+reach before the end: it lies neither in a variable nor in a container, but among the arguments of a call whose last
+argument is still being computed while the program runs.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import builtins
 import os
 import sys
 import types
-from collections.abc import Callable
-from typing import Any
 
-Namespace = dict[str, Any]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    Namespace = dict[str, Any]
 
 CHANGES = {
     "os.chmod",
@@ -172,13 +175,13 @@ def execute(source: bytes, request: int) -> Namespace:
 def fail(error: BaseException, say: Callable[[str], None]) -> None:
     """Print the error without the harness's own frames, name it to the parent, and end."""
     try:
+        sys.stdout.flush()
         import traceback
 
         frames = error.__traceback__
         while frames and frames.tb_frame.f_globals is globals():
             frames = frames.tb_next
         traceback.print_exception(type(error), error, frames)
-        sys.stdout.flush()
     finally:
         say(type(error).__name__)
         os._exit(1)
@@ -200,12 +203,11 @@ def main(confine: Callable[[int, int, tuple[int, int, int], str], None]) -> None
         write(send, proof)
         leave(0)
 
-    no_tracing = watch(say, folder)
     try:
         # evaluated from left to right: the proof and the test wait on the stack of this call while the program runs
         finish(
             take(request, 32),
-            prepare(take(request, of_test), no_tracing)(execute(take(request, of_program), request)),
+            prepare(take(request, of_test), watch(say, folder))(execute(take(request, of_program), request)),
         )
     except BaseException as error:
         fail(error, say)

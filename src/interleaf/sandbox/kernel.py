@@ -1,19 +1,21 @@
 """What the kernel enforces on a sandboxed process: resource limits, Landlock (files) and seccomp (system calls).
 
-It runs inside the child, before the program does, and imports the standard library only. None of it can be taken back
-by the process, needs root, or depends on Python: native code called through ctypes is held just the same.
+It runs inside the child, before the program does, and imports as little as it can, to start soon. None of it can be
+taken back by the process, needs root, or depends on Python: native code called through ctypes is held just the same.
 """
 
 from __future__ import annotations
 
-import array
 import ctypes
 import errno
 import os
 import resource
 import struct
 import sys
-from collections.abc import Iterable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 ALLOW, NOTIFY, KILL = 0x7FFF0000, 0x7FC00000, 0x80000000
 DENY, UNKNOWN = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
@@ -114,10 +116,8 @@ COUNTED: Rules = {
 """Calls that wait for the parent, which counts them: what they make is not bounded by any resource limit."""
 
 
-def _block(
-    number: int, clauses: Iterable[tuple[Sequence[Test], int]], otherwise: int
-) -> list[tuple[int, int, int, int]]:
-    body: list[tuple[int, int, int, int]] = []
+def _block(number: int, clauses: Iterable[Clause], otherwise: int) -> list[Instruction]:
+    body: list[Instruction] = []
     for tests, action in clauses:
         for left, (word, mask, value) in zip(range(len(tests) - 1, -1, -1), tests, strict=True):
             body += [(0x20, 0, 0, 16 + 4 * word), (0x54, 0, 0, mask), (0x15, 0, 3 * left + 1, value)]
@@ -187,7 +187,7 @@ def restrict_calls(send: int) -> None:
     # without a listener, as inside a container that has one itself, the counted calls fail: no threads, no new files
     if listener < 0:
         _checked(_install(_filter(COUNTED, ALLOW, ALLOW)), "seccomp")
-    sent = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array.array("i", [listener]))] if listener >= 0 else []
+    sent = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", listener))] if listener >= 0 else []
     channel = _socket.socket(fileno=os.dup(send))
     channel.sendmsg([b"!"], sent)
     channel.close()
