@@ -218,6 +218,20 @@ def trace():
         frame = frame.f_back
     sys.settrace(jump)
 """
+AHEAD = """
+import sys
+def answer(): return 0
+def ahead(frame, event, argument):
+    if event == "line" and (frame.f_code.co_name == "test" or frame.f_code.co_filename == "<test>"):
+        for line in range(frame.f_lineno + 9, frame.f_lineno, -1):
+            try: frame.f_lineno = line
+            except ValueError: continue
+            break
+    return ahead
+class Fake:
+    def __getattr__(self, name): return lambda *a, **k: None
+frame = sys._getframe(1)
+"""
 LONG = "x = answer()\nassert x == 42\nx = 0"
 
 # none of these answers 42: each has to fail its test, which is run after it
@@ -303,6 +317,11 @@ CHEATS = {
         ANSWER,
     ),
     "skips lines": (JUMP + "def answer(): return 0\ntrace()", LONG),
+    "skips lines from before the test on": (AHEAD + "sys.settrace(ahead)", LONG),
+    "skips lines without being stopped": (
+        AHEAD + "while frame:\n    frame.f_globals['sys'] = Fake()\n    frame = frame.f_back\nsys.settrace(ahead)",
+        LONG,
+    ),
     "skips lines when asked": (JUMP + "def answer(): trace()", LONG),
     "skips lines by profiling": (JUMP + "def answer(): sys.setprofile(jump)", LONG),
     "hides a limit reached": ("import sys\nsys.setrecursionlimit(60)\ndef answer(): return answer()", ANSWER),

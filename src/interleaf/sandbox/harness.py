@@ -11,6 +11,8 @@ import builtins
 import os
 import sys
 import types
+from _functools import partial  # type: ignore[import-not-found]  # functools imports much
+from _operator import call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,7 +70,8 @@ def watch(say: Callable[[str], None], folder: str) -> Callable[[], None]:
     The parent ends it as soon as it hears of it. This is for the verdict only: that nothing comes of such tries is the
     kernel's work.
     """
-    changes, forbidden, writing = frozenset(CHANGES), set(FORBIDDEN), os.O_WRONLY | os.O_RDWR | os.O_CREAT
+    changes, forbidden, tracing = frozenset(CHANGES), set(FORBIDDEN), frozenset(TRACING)
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
     inside, abspath, fsdecode = folder + os.sep, os.path.abspath, os.fsdecode
 
     def foreign(path: object) -> bool:
@@ -90,9 +93,7 @@ def watch(say: Callable[[str], None], folder: str) -> Callable[[], None]:
             refuse(f"{event} outside its folder")
 
     def no_tracing() -> None:
-        sys.settrace(None)
-        sys.setprofile(None)
-        forbidden.update(TRACING)
+        forbidden.update(tracing)
 
     sys.addaudithook(hook)
     return no_tracing
@@ -147,15 +148,15 @@ def set_back(modules: list[types.ModuleType]) -> Callable[[], None]:
     return again
 
 
-def prepare(source: bytes, no_tracing: Callable[[], None]) -> Callable[[Namespace], None]:
+def prepare(source: bytes, no_tracing: Callable[[], None]) -> Callable[[Namespace, None, None], None]:
     """Return what runs a test after a program, with built-ins and modules as they were before the program."""
     again, pristine = set_back([builtins, *imported(source)]), dict(vars(builtins))
     # names of its own: the program may have replaced the built-in ones
     translate, run = compile, exec
 
-    def test(namespace: Namespace) -> None:
-        again()
+    def test(namespace: Namespace, _: None, __: None) -> None:
         no_tracing()
+        again()
         namespace["__builtins__"] = pristine
         run(translate(source, "<test>", "exec", dont_inherit=True), namespace)
 
@@ -203,11 +204,23 @@ def main(confine: Callable[[int, int, tuple[int, int, int], str], None]) -> None
         write(send, proof)
         leave(0)
 
+    # what is made from here on has built-ins of its own
+    globals()["__builtins__"] = dict(vars(builtins))
     try:
-        # evaluated from left to right: the proof and the test wait on the stack of this call while the program runs
+        # Evaluated from left to right: the proof and the test wait on the stack of this call while the program runs.
+        # After it, tracing is switched off from C: a line of Python in between could be skipped by a trace function.
         finish(
             take(request, 32),
-            prepare(take(request, of_test), watch(say, folder))(execute(take(request, of_program), request)),
+            prepare(take(request, of_test), watch(say, folder))(
+                *map(
+                    call,
+                    (
+                        partial(execute, take(request, of_program), request),
+                        partial(sys.setprofile, None),
+                        partial(sys.settrace, None),
+                    ),
+                )
+            ),
         )
     except BaseException as error:
         fail(error, say)
