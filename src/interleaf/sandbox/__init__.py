@@ -228,7 +228,8 @@ def _attend(
     finally:
         child.kill()
         child.wait()
-    return watcher.close() or problem, watcher
+    last = watcher.close()
+    return problem or last, watcher
 
 
 def _ending(code: int) -> str:
