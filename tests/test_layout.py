@@ -10,7 +10,7 @@ SRC = Path(__file__).parent.parent / "src" / "interleaf"
 # a module may import from its own rank and from those to the left
 RANKS = [
     ["errors"],
-    ["settings", "files", "blocks", "sites", "metrics", "card"],
+    ["settings", "files", "blocks", "sites", "sandbox", "metrics", "card"],
     ["bundled"],
     ["adapter", "base"],
     ["compose"],

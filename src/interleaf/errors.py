@@ -31,3 +31,7 @@ class BaseModelError(InterleafError):
 
 class TrainingError(InterleafError):
     """A training run that cannot go on, for example after a NaN loss."""
+
+
+class SandboxError(InterleafError):
+    """A machine, or a limit asked for, with which programs cannot be run safely."""
