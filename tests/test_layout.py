@@ -23,8 +23,8 @@ RANKS = [
     ["adapterhub"],
     ["store"],
     ["tasks"],
-    ["train", "evaluate"],
-    ["demo"],
+    ["forgetting", "train", "evaluate"],
+    ["compare", "demo"],
     ["cli"],
 ]
 RANK = {name: i for i, names in enumerate(RANKS) for name in names}

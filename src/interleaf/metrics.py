@@ -187,6 +187,9 @@ _HEADLINES = (
     "chrf",
     "ter",
     "exact_match",
+    "valid_syntax",
+    "loss",
+    "perplexity",
 )
 
 

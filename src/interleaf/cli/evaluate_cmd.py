@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,6 +31,12 @@ def evaluate(
     from interleaf.metrics import headline
 
     table(f"{adapter} on {data}", ["metric", "value"], [[k, f"{v:.4f}"] for k, v in headline(metrics).items()])
+    if "per_class" in metrics:
+        show_classes(metrics)
+
+
+def show_classes(metrics: dict[str, Any]) -> None:
+    """Print what a classifier does with each class."""
     columns = ["label", "precision", "recall", "f1", "support"]
     rows = [[name, *[_cell(v) for v in row.values()]] for name, row in metrics["per_class"].items()]
     table("Per class", columns, rows)

@@ -31,5 +31,7 @@ def predict(
     for row in open_adapter(adapter, base, layers(skip_layers)).predict(rows, batch_size):
         if json:
             print(json_module.dumps(row, ensure_ascii=False))
+        elif "answer" in row:
+            print(row["answer"], flush=True)
         else:
             print(f"{row['label']}\t{row['score']:.3f}\t{row['text']}")

@@ -103,9 +103,10 @@ def _short(names: list[str]) -> str:
 
 
 def show_result(result: Result) -> None:
-    """Print what a run gave."""
+    """Print what a run gave, beside the untouched base where that can do the task."""
     from interleaf.metrics import headline
 
-    rows = [[k, f"{v:.4f}"] for k, v in headline(result.metrics).items()]
-    table(f"Held-out data, after {result.seconds:.0f} s", ["metric", "value"], rows)
+    base = result.metrics.get("base")
+    rows = [[k, f"{v:.4f}", *([f"{base[k]:.4f}"] if base else [])] for k, v in headline(result.metrics).items()]
+    table(f"Held-out data, after {result.seconds:.0f} s", ["metric", "adapter", *(["base"] if base else [])], rows)
     print(f"saved {result.path}")

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from interleaf.errors import ConfigError
+from interleaf.metrics import code_metrics, exact_match, valid_syntax
+from interleaf.sandbox import run_programs
 from interleaf.tasks.generation import Generation
 
 if TYPE_CHECKING:
@@ -54,14 +56,26 @@ class Code(Generation):
         return text[: min(ends)] if ends else text
 
     def measure(self, model: Any, tokenizer: Any, rows: Dataset, batch_size: int) -> dict[str, Any]:
-        from interleaf.metrics import code_metrics
-
         drawn = {"do_sample": True, "temperature": self.temperature} if self.samples > 1 else {}
         columns = rows.to_dict()
-        answers: list[list[str]] = [[] for _ in range(len(rows))]
-        for _ in range(self.samples):
-            for mine, answer in zip(
-                answers, self.generate(model, tokenizer, columns, batch_size, **drawn), strict=True
-            ):
-                mine.append(answer)
-        return code_metrics(columns, answers, self.timeout_s)
+        draws = [list(self.generate(model, tokenizer, columns, batch_size, **drawn)) for _ in range(self.samples)]
+        first = draws[0]
+        programs = [prompt + answer for prompt, answer in zip(columns["text"], first, strict=True)]
+        found = {
+            "exact_match": exact_match(first, columns["target"]),
+            "valid_syntax": sum(valid_syntax(programs)) / len(programs),
+        }
+        return found | self._passed(columns, draws) if "test" in columns else found
+
+    def _passed(self, columns: dict[str, list[str]], draws: list[list[str]]) -> dict[str, Any]:
+        """Run every answer with its tests, in the sandbox."""
+        names = columns.get("entry_point", [""] * len(columns["text"]))
+        tests = [f"{test}\ncheck({name})" if name else test for test, name in zip(columns["test"], names, strict=True)]
+        programs = [
+            (prompt + draw[i], test)
+            for i, (prompt, test) in enumerate(zip(columns["text"], tests, strict=True))
+            for draw in draws
+        ]
+        outcomes = [outcome.passed for outcome in run_programs(programs, timeout_s=self.timeout_s)]
+        by_row = [outcomes[i : i + len(draws)] for i in range(0, len(outcomes), len(draws))]
+        return code_metrics(by_row, [k for k in (1, 10, 100) if k <= len(draws)])
