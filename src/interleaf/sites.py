@@ -322,10 +322,12 @@ def _write(name: str, child: nn.Module, width: int) -> str | None:
     routed = any(isinstance(m, nn.ModuleList) and len(m) > 1 for m in child.modules())
     if _has_experts(child) or routed:
         return name
-    writers = [n for n, m in linears if _out_dim(m) == width]
-    writers = [n for n in writers if not _reads(n)] or writers
-    if not writers:
+    wide = [n for n, m in linears if _out_dim(m) == width]
+    if not wide:
         return None
+    writers = [n for n in wide if not _reads(n)]
+    if not writers:
+        return name  # its maps only feed it, as in a recurrence: what it writes is its own output
     # the shallowest: what lies deeper (an indexer, a norm's map) serves the sublayer, not the residual stream
     depth = min(n.count(".") for n in writers)
     last = [n for n in writers if n.count(".") == depth][-1]
