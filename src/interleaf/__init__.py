@@ -1,7 +1,7 @@
 """interleaf: small trainable adapters between the layers of a frozen Transformer.
 
 The names below are loaded on first use, so that `import interleaf` and the command line stay quick.
-Importing any of them registers the adapter kinds with PEFT.
+Importing any of them registers the adapter kinds with PEFT, and interleaf.marian_ssru with transformers.
 """
 
 from __future__ import annotations
@@ -94,4 +94,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'interleaf' has no attribute {name!r}")
     importlib.import_module("interleaf.adapters")
+    importlib.import_module("interleaf.marian_ssru")
     return getattr(importlib.import_module(f"interleaf.{_HOME[name]}"), name)

@@ -4,8 +4,8 @@ It is transformers' own Marian with three changes: the decoder's self-attention 
 unit (Kim et al. 2019, "From Research to Production and Back: Ludicrously Fast Neural Machine Translation"),
 the positions are spaced as Marian itself spaces them, and the norms' epsilon is Marian's.
 
-Importing this module registers it with the Auto classes. `interleaf.base.load_base` and `bundled.resolve` import
-it, so whoever loads a base through interleaf need not.
+Importing this module registers it with the Auto classes. `from interleaf import adapt` (or any other name there),
+`interleaf.base.load_base` and `bundled.resolve` of such a model import it.
 """
 
 from __future__ import annotations

@@ -146,12 +146,13 @@ def _renamed(
 
 
 def _save_tokenizer(fast: dict[str, Any], target: Path) -> None:
-    """Save the package's tokenizer with an end and padding, and two corrections towards sentencepiece itself."""
+    """Save the package's tokenizer with an end, padding, and two corrections towards sentencepiece."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    for number in (EOS, UNK):
-        fast["model"]["vocab"][number][1] = NEVER  # not to be found in a text
+    # these two are no text: part their first sign from the rest, lest a text that has them be taken for them
+    part = {"type": "Split", "pattern": {"Regex": "<(?=/s>|unk>)"}, "behavior": "Isolated", "invert": False}
+    fast["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [fast["pre_tokenizer"], part]}
     # sentencepiece strips blanks only, not all that counts as white space
     strip = next(n for n in fast["normalizer"]["normalizers"] if n["type"] == "Strip")
     strip.clear()
