@@ -11,7 +11,6 @@ import sqlite3
 import sysconfig
 import tarfile
 import tempfile
-import textwrap
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -129,7 +128,8 @@ def _functions(path: Path, max_lines: int = 20) -> Iterator[tuple[str, str]]:
             continue
         last, doc_end = node.end_lineno or 0, node.body[0].end_lineno or 0
         if last - node.body[1].lineno < max_lines:
-            whole = textwrap.dedent("\n".join(lines[node.lineno - 1 : last])).splitlines()
+            indent = " " * node.col_offset  # lines of a text may stand further left
+            whole = [line.removeprefix(indent) for line in lines[node.lineno - 1 : last]]
             head = doc_end - node.lineno + 1
             yield "\n".join(whole[:head]) + "\n", "\n".join(whole[head:]) + "\n"
 
