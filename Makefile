@@ -28,10 +28,12 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/interleaf fetch
+	$(BIN)/interleaf fetch marian-en-pt marian-pt-en
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(VENV)/.installed
 	$(BIN)/interleaf fetch
+	$(BIN)/interleaf fetch smollm2 ui-en-pt verses-en-pt stdlib-code human-eval
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed

@@ -11,6 +11,7 @@ SRC = Path(__file__).parent.parent / "src" / "interleaf"
 RANKS = [
     ["errors"],
     ["settings", "files", "blocks", "sites", "sandbox", "metrics", "card"],
+    ["marian_ssru"],
     ["bundled"],
     ["adapter", "base"],
     ["compose"],

@@ -1,7 +1,7 @@
 """interleaf: small trainable adapters between the layers of a frozen Transformer.
 
 The names below are loaded on first use, so that `import interleaf` and the command line stay quick.
-Importing any of them registers the adapter kinds with PEFT.
+Importing any of them registers the adapter kinds with PEFT, and interleaf.marian_ssru with transformers.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def __getattr__(name: str) -> Any:
     # a kind's config or adapter is found, not listed; other names are never looked for, so no submodule loads torch
     if name not in _HOME and name != "__all__" and not name[:1].isupper():
         raise AttributeError(f"module 'interleaf' has no attribute {name!r}")
+    importlib.import_module("interleaf.marian_ssru")
     classes = importlib.import_module("interleaf.adapters").CLASSES
     if name == "__all__":
         return sorted([*_HOME, *classes])

@@ -14,9 +14,13 @@ T = TypeVar("T")
 def load_base(base: str, load: Callable[[str], T]) -> T:
     """Call a `from_pretrained` on a base; what goes wrong becomes one line.
 
+    The architectures that interleaf adds to transformers are known to the Auto classes from here on.
+
     Raises:
         BaseModelError: there is no such model, or it cannot be read.
     """
+    import interleaf.marian_ssru  # noqa: F401
+
     path = resolve(base)
     try:
         return load(path)
