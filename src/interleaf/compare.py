@@ -26,9 +26,10 @@ from transformers import TrainerCallback, set_seed
 
 from interleaf.errors import ConfigError, TrainingError
 from interleaf.forgetting import Memory, memory_of
+from interleaf.record import command, environment
 from interleaf.settings import TrainSettings
 from interleaf.store import WEIGHTS
-from interleaf.train import Run, environment, fit, prepare
+from interleaf.train import Run, fit, prepare
 from interleaf.tuner import task_head
 
 ARMS = ("adapter", "lora", "full", "head")
@@ -101,7 +102,7 @@ def compare(settings: TrainSettings, say: Callable[[str], None] = lambda text: N
     return {
         "settings": settings.as_dict(),
         "environment": environment(),
-        "command": " ".join(sys.argv),
+        "command": command(),
         "arms": {arm: summary([run for run in runs if run.arm == arm]) for arm in arms},
         "runs": [dataclasses.asdict(run) for run in runs],
     }
@@ -133,7 +134,7 @@ def run_arm(settings: TrainSettings, asked: CompareSettings, arm: str, seed: int
     """Train one arm with one seed and measure it."""
     rate = asked.learning_rates.get(arm, settings.learning_rate)
     scratch = Path(tempfile.mkdtemp())
-    settings = dataclasses.replace(settings, seed=seed, learning_rate=rate, out=str(scratch / "out"))
+    settings = dataclasses.replace(settings, seed=seed, learning_rate=rate, out=str(scratch / "out"), report_to=[])
     try:
         run = prepare(settings)
         attach(arm, run, asked)
