@@ -10,7 +10,7 @@ SRC = Path(__file__).parent.parent / "src" / "interleaf"
 # a module may import from its own rank and from those to the left
 RANKS = [
     ["errors"],
-    ["settings", "files", "sites", "metrics", "card"],
+    ["settings", "files", "sites", "metrics", "card", "record"],
     ["bundled"],
     ["adapter", "base"],
     ["compose"],
@@ -23,7 +23,7 @@ RANKS = [
     ["store"],
     ["tasks"],
     ["train", "evaluate"],
-    ["demo"],
+    ["demo", "report"],
     ["cli"],
 ]
 RANK = {name: i for i, names in enumerate(RANKS) for name in names}

@@ -26,6 +26,7 @@ from transformers import TrainerCallback, set_seed
 
 from interleaf.errors import ConfigError, TrainingError
 from interleaf.forgetting import Memory, memory_of
+from interleaf.metrics import interval
 from interleaf.record import command, environment
 from interleaf.settings import TrainSettings
 from interleaf.store import WEIGHTS
@@ -277,15 +278,3 @@ def _mean_forgetting(runs: Sequence[ArmRun]) -> dict[str, Any] | None:
         **{name: interval([one[name] for one in told]) for name in ("before", "on", "lost")},
         "off_minus_before": max(off, key=abs) if off else None,
     }
-
-
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Return the mean of values and the half-width of its 95% confidence interval; NaN for one value."""
-    from scipy import stats
-
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return {"mean": mean, "half_width": math.nan}
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
-    return {"mean": mean, "half_width": half}

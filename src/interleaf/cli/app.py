@@ -22,7 +22,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-VERBS = ("train", "evaluate", "predict", "sites", "list", "show", "verify", "push", "fetch", "demo", "compare", "chat")
+VERBS = (
+    "train",
+    "evaluate",
+    "predict",
+    "sites",
+    "list",
+    "show",
+    "verify",
+    "push",
+    "fetch",
+    "demo",
+    "compare",
+    "chat",
+    "report",
+)
 
 
 def main() -> None:
