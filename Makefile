@@ -32,7 +32,7 @@ test: $(VENV)/.installed
 
 # one test opens a report in a browser
 browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null || { \
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
 		echo "installing chromium with apt-get"; \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
 	} || { echo "There is no Chromium on PATH and apt-get could not install it. Install chromium, or run this as root."; exit 1; }

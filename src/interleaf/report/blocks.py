@@ -68,7 +68,7 @@ def number(value: Any) -> str:
     """Return a figure for people: four digits that count, thousands apart, nothing where there is nothing."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
-    if isinstance(value, int) or abs(value) >= 1000:
+    if isinstance(value, int) or value == 0 or 1000 <= abs(value) < 1e9:
         return f"{value:,.0f}"
     return f"{value:.4g}" if abs(value) >= 1 else f"{value:.4f}"
 

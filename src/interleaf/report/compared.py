@@ -10,7 +10,7 @@ from interleaf.metrics import interval
 from interleaf.report import figures
 from interleaf.report.blocks import RunReport, Section, Table, number
 from interleaf.report.shared import again, facts, line, pair, settings
-from interleaf.report.words import COSTS, Cost, measure
+from interleaf.report.words import COSTS, Cost, measure, told
 
 ARMS = {
     "adapter": "the adapter, base frozen",
@@ -70,19 +70,19 @@ def _about(record: dict[str, Any]) -> Section:
 
 def _shown(arms: dict[str, Any]) -> list[str]:
     """Return the scores that are drawn: of a classifier's many averages the two usual ones."""
-    names = list(next(iter(arms.values()))["scores"])
+    names = told(next(iter(arms.values()))["scores"])
     return [n for n in names if n in ("accuracy", "f1_macro")] or names
 
 
 def _interval_reading(arms: dict[str, Any]) -> str:
     count = len(next(iter(arms.values()))["seeds"])
     if count < 2:
-        return "One seed was run, so nothing is known of chance."
+        return "One seed was run, so there is no interval, and chance may decide."
     return f"The thin line is the 95% interval of the mean over {count} seeds: where lines overlap, chance may decide."
 
 
 def _quality(arms: dict[str, Any]) -> Section:
-    names = list(next(iter(arms.values()))["scores"])
+    names = told(next(iter(arms.values()))["scores"])
     rows = [[measure(n).name, *[pair(arm["scores"][n]) for arm in arms.values()], measure(n).better] for n in names]
     drawn = [_score_bars(arms, name) for name in _shown(arms)]
     text = "Means over the seeds, measured on rows that were not trained on. After ±: half of the 95% interval."
@@ -126,7 +126,7 @@ def _cost_bars(cost: Cost, of: dict[str, dict[str, float]], reading: str) -> Any
     made = [figures.Bar(arm, v["mean"], v["half_width"], pair(v, cost.show)) for arm, v in of.items()]
     varies = any(v["half_width"] == v["half_width"] for v in of.values())
     reading = f"Shorter is better. {reading}" if varies else "Shorter is better. It is the same with every seed."
-    return figures.bars(cost.name[:1].upper() + cost.name[1:], made, reading)
+    return figures.bars(cost.name[:1].upper() + cost.name[1:], made, reading, cost.show)
 
 
 def _curves(runs: list[dict[str, Any]]) -> Section | None:
@@ -147,12 +147,12 @@ def _curves(runs: list[dict[str, Any]]) -> Section | None:
 
 
 def _forgetting(arms: dict[str, Any], runs: list[dict[str, Any]]) -> Section | None:
-    told = {name: arm["forgetting"] for name, arm in arms.items() if arm.get("forgetting")}
-    if not told:
+    known = {name: arm["forgetting"] for name, arm in arms.items() if arm.get("forgetting")}
+    if not known:
         return None
-    what = next(iter(told.values()))["measure"]
-    groups = {name: _stages(name, of, runs) for name, of in told.items()}
-    rows = [[name, *_cells(of, groups[name])] for name, of in told.items()]
+    what = next(iter(known.values()))["measure"]
+    groups = {name: _stages(name, of, runs) for name, of in known.items()}
+    rows = [[name, *_cells(of, groups[name])] for name, of in known.items()]
     table = Table(["", "before", "after, switched on", "after, switched off", "share lost"], rows)
     reading = "Grey is what the base could before. What stays as far as grey was not forgotten."
     text = (
@@ -165,11 +165,16 @@ def _forgetting(arms: dict[str, Any], runs: list[dict[str, Any]]) -> Section | N
 def _stages(arm: str, of: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, float]:
     off = [run["forgetting"]["off"] for run in runs if run["arm"] == arm and run.get("forgetting")]
     off = [value for value in off if value is not None]
-    stages = {"before": of["before"]["mean"], "on": of["on"]["mean"]}
-    return {**stages, "off": sum(off) / len(off)} if off else stages
+    stages = {"before": of["before"]["mean"], "after, on": of["on"]["mean"]}
+    return {**stages, "after, off": sum(off) / len(off)} if off else stages
 
 
 def _cells(of: dict[str, Any], stages: dict[str, float]) -> list[str]:
     lost = {k: v if k != "half_width" or v is None else 100 * v for k, v in of["lost"].items()}
     share = pair({**lost, "mean": 100 * of["lost"]["mean"]}, lambda v: f"{v:.1f}%")
-    return [pair(of["before"]), pair(of["on"]), number(stages["off"]) if "off" in stages else "cannot be", share]
+    return [
+        pair(of["before"]),
+        pair(of["on"]),
+        number(stages["after, off"]) if "after, off" in stages else "cannot be",
+        share,
+    ]

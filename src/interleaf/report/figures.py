@@ -6,7 +6,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator
 
 from interleaf.report.blocks import Figure, number, short
 
@@ -100,11 +100,16 @@ def curves(title: str, lines: Sequence[Line], reading: str) -> Figure:
             shown = None if any(line.name == made.get_label() for made in axes.lines) else line.name
             axes.plot(line.x, line.y, label=shown or "_again", marker=marker, markersize=3.5, **style)
         axes.set_xlabel("passes over the training data")
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=max(x for line in lines for x in line.x) >= 2))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.margins(y=0.1)
-        canvas.legend(loc="outside upper left", ncols=3, handlelength=1.8, columnspacing=1.0, borderpad=0.1)
+        _legend(canvas, len(names), 1.8)
         return _figure(canvas, title, f"{title}. {_last(lines, names)}", reading)
+
+
+def _legend(canvas: Canvas, count: int, handle: float) -> None:
+    columns = 2 if count in (2, 4) else 3
+    canvas.legend(loc="outside upper left", ncols=columns, handlelength=handle, columnspacing=1.0, borderpad=0.1)
 
 
 def _last(lines: Sequence[Line], names: Sequence[str]) -> str:
@@ -113,8 +118,12 @@ def _last(lines: Sequence[Line], names: Sequence[str]) -> str:
     return "; ".join(told) + "."
 
 
-def bars(title: str, made: Sequence[Bar], reading: str) -> Figure:
-    """Draw horizontal bars with intervals; over very unlike values on a logarithmic scale."""
+def bars(title: str, made: Sequence[Bar], reading: str, show: Callable[[float], str] = "{:g}".format) -> Figure:
+    """Draw horizontal bars with intervals; over very unlike values on a logarithmic scale.
+
+    Args:
+        show: writes a value at the axis.
+    """
     log = scale_is_log([bar.value for bar in made])
     with _drawing(0.55 + 0.34 * len(made)) as (canvas, axes):
         low, high = _reach(made, log)
@@ -127,9 +136,12 @@ def bars(title: str, made: Sequence[Bar], reading: str) -> Figure:
             axes.annotate(bar.text, (max(end, 0), i), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
         axes.set_xscale("log" if log else "linear")
         axes.set_xlim(low, high)
-        _rows(axes, [bar.name for bar in made])
+        _rows(axes, [bar.name for bar in made], range(len(made)))
+        locator = LogLocator(numticks=4) if log else MaxNLocator(4)
+        ends = [bar.value + (0 if math.isnan(bar.half_width) else bar.half_width) for bar in made]
+        _ticks(axes, locator.tick_values(low, max(0, *ends)), low, max(0, *ends), show)
         alt = f"{title}: " + ", ".join(f"{bar.name} {bar.text}" for bar in made) + "."
-        note = " The scale is logarithmic: each line is ten times the one before." if log else ""
+        note = " The scale is logarithmic: a bar twice as long is much more than twice as much." if log else ""
         return _figure(canvas, title, alt, reading + note)
 
 
@@ -149,19 +161,25 @@ def _reach(made: Sequence[Bar], log: bool) -> tuple[float, float]:
     return low, high + 0.55 * ((high - low) or 1.0)
 
 
-def _rows(axes: Any, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), [short(name) for name in names])
+def _ticks(axes: Any, values: Sequence[float], low: float, high: float, show: Callable[[float], str]) -> None:
+    """Number the axis as far as there is anything to measure; the rest is room for words."""
+    kept = [float(v) for v in values if low <= v <= 1.03 * high]
+    told = [show(v).replace(".0 ", " ") for v in kept]
+    axes.set_xticks(kept, [EngFormatter(sep="")(v) if len(t) > 7 else t for v, t in zip(kept, told, strict=True)])
+    axes.set_xticks([], minor=True)
+
+
+def _rows(axes: Any, names: Sequence[str], places: Sequence[float]) -> None:
+    axes.set_yticks(places, [short(name) for name in names])
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
     axes.invert_yaxis()
-    if axes.get_xscale() == "linear":
-        axes.xaxis.set_major_locator(MaxNLocator(4))
 
 
 def grouped(title: str, groups: dict[str, dict[str, float]], reading: str) -> Figure:
     """Draw a group of bars for each name: groups[name][kind] is a bar's length."""
     kinds = list(dict.fromkeys(kind for group in groups.values() for kind in group))
-    colours = dict(zip(kinds, (GREY, *COLOURS), strict=False))
+    colours = dict(zip(kinds, (GREY, *reversed(COLOURS)), strict=False))
     count = sum(len(group) for group in groups.values())
     with _drawing(0.8 + 0.22 * count + 0.12 * len(groups)) as (canvas, axes):
         at, ticks = 0.0, []
@@ -176,11 +194,11 @@ def grouped(title: str, groups: dict[str, dict[str, float]], reading: str) -> Fi
                 at += 1
             at += 0.6
         values = [v for group in groups.values() for v in group.values()]
-        axes.set_xlim(min(0.0, *values), 1.3 * max(values))
-        _rows(axes, list(groups))
-        axes.set_yticks(ticks)
-        axes.set_yticklabels([short(name) for name in groups])
-        canvas.legend(loc="outside upper left", ncols=3, handlelength=1.2, columnspacing=1.0, borderpad=0.1)
+        low, high = min(0.0, *values), max(0.0, *values) or 1.0
+        axes.set_xlim(low, 1.3 * high)
+        _rows(axes, list(groups), ticks)
+        _ticks(axes, MaxNLocator(4).tick_values(low, high), low, high, "{:g}".format)
+        _legend(canvas, len(kinds), 1.2)
         told = "; ".join(f"{n}: " + ", ".join(f"{k} {number(v)}" for k, v in g.items()) for n, g in groups.items())
         return _figure(canvas, title, f"{title}. {told}.", reading)
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,13 @@ def _templates(autoescape: bool) -> Environment:
 
 
 def _content(runs: Sequence[RunReport]) -> dict[str, Any]:
-    return {"runs": runs, "overview": overview(runs), "version": __version__, "kind": lambda b: type(b).__name__}
+    return {
+        "runs": runs,
+        "overview": overview(runs),
+        "version": __version__,
+        "kind": lambda block: type(block).__name__,
+        "groups": lambda section: [list(same) for _, same in groupby(section.blocks, type)],
+    }
 
 
 def overview(runs: Sequence[RunReport]) -> Table:

@@ -42,4 +42,5 @@ def line(name: str, history: list[dict[str, Any]], key: str) -> Line:
 def pair(value: dict[str, Any], show: Any = number) -> str:
     """Return a mean with the half-width of its interval, if it has one."""
     half = value["half_width"]
-    return show(value["mean"]) if half is None or half != half else f"{show(value['mean'])} ± {show(half)}"
+    certain = half is None or half != half or half <= 1e-9 * abs(value["mean"])
+    return show(value["mean"]) if certain else f"{show(value['mean'])} ± {show(half)}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from interleaf.report import figures
 from interleaf.report.blocks import Example, Figure, RunReport, Section, Table, duration, number, short, size
 from interleaf.report.shared import again, facts, line, settings
-from interleaf.report.words import measure
+from interleaf.report.words import measure, told
 
 HEADLINES = ("accuracy", "f1_macro", "loss", "perplexity", "bleu", "chrf", "ter")
 
@@ -34,7 +35,7 @@ def trained(path: str, config: dict[str, Any], record: dict[str, Any], size_byte
         **{measure(k).name: number(metrics[k]) for k in HEADLINES if k in metrics},
     }
     kept = {**record, "adapter": config, "size_bytes": size_bytes}
-    title = f"Adapter {short(record.get('name') or path, 60)}"
+    title = f"Adapter {short(Path(path).resolve().name, 60)}"
     return RunReport(title, path, overview, kept, [s for s in sections if s is not None])
 
 
@@ -46,6 +47,7 @@ def _about(config: dict[str, Any], record: dict[str, Any], size_bytes: int | Non
     run, plan, base = record.get("run") or {}, record.get("plan") or {}, record.get("base") or {}
     share = f", {100 * _share(plan):.2f}% of the base" if plan else ""
     rows = {
+        "name": record.get("name"),
         "task": (record.get("task") or {}).get("name"),
         "base (frozen)": config.get("base_model_name_or_path"),
         "architecture": base.get("architecture"),
@@ -77,7 +79,7 @@ def _time(record: dict[str, Any]) -> str:
 
 def _results(metrics: dict[str, Any]) -> Section | None:
     """Put each figure beside that of the untouched base or, of a classifier, of the most frequent label."""
-    mine = {k: v for k, v in metrics.items() if isinstance(v, int | float) and k != "rows"}
+    mine = {k: metrics[k] for k in told(metrics) if isinstance(metrics[k], int | float)}
     if not mine:
         return None
     other, name = metrics.get("base"), "base alone"
@@ -101,9 +103,8 @@ def always_the_most_frequent(matrix: list[list[int]]) -> dict[str, float]:
     """Return what a classifier reaches that always says the most frequent label of the rows measured."""
     share = max(sum(row) for row in matrix) / (sum(map(sum, matrix)) or 1)
     count = len(matrix)
-    micro = {f"{name}_micro": share for name in ("precision", "recall", "f1")}
     macro = {"precision_macro": share / count, "recall_macro": 1 / count, "f1_macro": 2 * share / (1 + share) / count}
-    return {"accuracy": share, **micro, **macro}
+    return {"accuracy": share, **macro}
 
 
 def _curves(history: list[dict[str, Any]]) -> Section | None:

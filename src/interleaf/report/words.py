@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from interleaf.report.blocks import duration, number, size
+from interleaf.report.blocks import number, size
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,8 @@ class Word:
 MEASURES = {
     "accuracy": Word("accuracy", "higher", "share of rows that got the right label"),
     "f1_macro": Word("F1 (macro)", "higher", "precision and recall in one, every label counting the same"),
-    "f1_micro": Word("F1 (micro)", "higher", "precision and recall in one, every row counting the same"),
     "precision_macro": Word("precision (macro)", "higher", "of what was called a label, the share that was it"),
     "recall_macro": Word("recall (macro)", "higher", "of what was a label, the share that was found"),
-    "precision_micro": Word("precision (micro)", "higher", "the same with every row counting the same"),
-    "recall_micro": Word("recall (micro)", "higher", "the same with every row counting the same"),
     "loss": Word("loss", "lower", "how surprised the model is by the right answers"),
     "perplexity": Word("perplexity", "lower", "between how many tokens the model wavers, on average"),
     "bleu": Word("BLEU", "higher", "0 to 100: how many word sequences agree with the reference"),
@@ -34,6 +31,11 @@ MEASURES = {
 }
 
 
+def told(scores: Iterable[str]) -> list[str]:
+    """Return the measures that a table names: micro averages of single labels are the accuracy again."""
+    return [key for key in scores if key != "rows" and not key.endswith("_micro")]
+
+
 def measure(key: str) -> Word:
     """Return what is known of a measure; a strange one keeps its key."""
     return MEASURES.get(key, Word(key.replace("_", " "), "", ""))
@@ -41,17 +43,17 @@ def measure(key: str) -> Word:
 
 @dataclass(frozen=True)
 class Cost:
-    """A cost of training: its name, its unit in figures, how it is written."""
+    """A cost of training: its name, and how it is written with its unit."""
 
     name: str
     show: Callable[[float], str]
 
 
 COSTS = {
-    "trained_parameters": Cost("trained parameters", number),
+    "trained_parameters": Cost("trained parameters", "{:,.0f}".format),
     "stored_bytes": Cost("stored", size),
-    "seconds": Cost("training time", duration),
-    "seconds_to_best": Cost("time to the best score", duration),
+    "seconds": Cost("training time", "{:,.1f} s".format),
+    "seconds_to_best": Cost("time to the best score", "{:,.1f} s".format),
     "peak_memory_bytes": Cost("peak memory", size),
     "flops_per_step": Cost("GFLOP a step", lambda v: number(v / 1e9)),
 }
