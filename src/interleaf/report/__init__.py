@@ -22,7 +22,7 @@ def read(paths: Sequence[str | Path]) -> list[RunReport]:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("a report needs matplotlib. Run: pip install 'interleaf[report]'")
-    from interleaf.report.read import read_runs
+    from interleaf.report.runs import read_runs
 
     return read_runs(paths)
 
