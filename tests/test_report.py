@@ -19,7 +19,7 @@ from interleaf.compare import ArmRun, summary
 from interleaf.errors import ConfigError, StoreError
 from interleaf.metrics import classification_metrics
 from interleaf.record import CURVE_POINTS, EXAMPLE_LENGTH, curves, side_by_side
-from interleaf.report.blocks import number
+from interleaf.report.blocks import RunReport, number
 from interleaf.report.figures import confusion, scale_is_log
 from interleaf.report.render import as_html, as_markdown, escaped, fenced
 from interleaf.report.trained import always_the_most_frequent
@@ -115,6 +115,11 @@ def arm_run(arm: str, seed: int, accuracy: float, parameters: int) -> ArmRun:
     )
 
 
+@pytest.fixture(scope="module")
+def runs(classified: Path, translated: Path, compared: Path) -> list[RunReport]:
+    return report.read([classified, translated, compared])
+
+
 class Page(HTMLParser):
     """What a reader sees of a page, and the tags that it is made of."""
 
@@ -204,8 +209,7 @@ def test_loggers_that_are_not_there_are_refused_first(tmp_path: Path, monkeypatc
 # ---- what is written
 
 
-def test_page_markdown_and_json_say_the_same(classified: Path, translated: Path, compared: Path) -> None:
-    runs = report.read([classified, translated, compared])
+def test_page_markdown_and_json_say_the_same(runs: list[RunReport]) -> None:
     page, markdown, data = Page(as_html(runs)), as_markdown(runs), report.as_json(runs)
     seen = " ".join(page.text.split())
     plain = " ".join(re.sub(r"\\([\W_])", r"\1", markdown).split())
@@ -225,8 +229,8 @@ def test_page_markdown_and_json_say_the_same(classified: Path, translated: Path,
     assert cells > 300
 
 
-def test_every_part_is_there(classified: Path, translated: Path, compared: Path) -> None:
-    parts = [[section.title for section in made.sections] for made in report.read([classified, translated, compared])]
+def test_every_part_is_there(runs: list[RunReport]) -> None:
+    parts = [[section.title for section in made.sections] for made in runs]
     assert parts[0] == [
         "What was trained",
         "Results on held-out data",
@@ -250,10 +254,9 @@ def test_every_part_is_there(classified: Path, translated: Path, compared: Path)
     ]
 
 
-def test_figures_stand_beside_those_of_the_base(translated: Path) -> None:
+def test_figures_stand_beside_those_of_the_base(translated: Path, runs: list[RunReport]) -> None:
     metrics = store.read(translated).adaptation.metrics
-    (made,) = report.read([translated])
-    table = made.sections[1].blocks[0]
+    table: Any = runs[1].sections[1].blocks[0]
     row = next(row for row in table.rows if row[0] == "loss")
     assert table.columns[1:3] == ["base alone", "with adapter"]
     assert row[1:4] == [number(metrics["base"]["loss"]), number(metrics["loss"]), "lower"]
@@ -272,8 +275,7 @@ def test_intervals_costs_and_forgetting_are_those_measured(compared: Path) -> No
     assert tables["Forgetting"]["adapter"][2] == "0.8000"
 
 
-def test_what_runs_hold_stands_in_the_page_as_text(classified: Path, compared: Path) -> None:
-    runs = report.read([classified, compared])
+def test_what_runs_hold_stands_in_the_page_as_text(runs: list[RunReport]) -> None:
     page = Page(as_html(runs))
     seen = " ".join(page.text.split())
     assert all(label in seen for label in HOSTILE)
@@ -333,9 +335,8 @@ def test_the_baseline_is_a_classifier_that_always_says_the_same() -> None:
         assert value == pytest.approx(found[key]), key
 
 
-def test_figures_say_what_they_show_in_words_too(compared: Path) -> None:
-    (made,) = report.read([compared])
-    figures = [b for section in made.sections for b in section.blocks if hasattr(b, "svg")]
+def test_figures_say_what_they_show_in_words_too(runs: list[RunReport]) -> None:
+    figures = [b for section in runs[2].sections for b in section.blocks if hasattr(b, "svg")]
     assert len(figures) == 2 + 5 + 2 + 1, "scores, costs known of every arm, curves, forgetting"
     for figure in figures:
         assert html.escape(figure.alt) in figure.svg
@@ -431,10 +432,7 @@ def test_a_damaged_record_is_refused(classified: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_opens_on_a_phone_and_a_desk(
-    classified: Path, translated: Path, compared: Path, tmp_path: Path
-) -> None:
-    runs = report.read([classified, translated, compared])
+def test_the_page_opens_on_a_phone_and_a_desk(runs: list[RunReport], tmp_path: Path) -> None:
     page = report.write(runs, tmp_path / "report") / "report.html"
     count = sum(hasattr(block, "svg") for made in runs for section in made.sections for block in section.blocks)
     figures = "[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect())"

@@ -41,6 +41,8 @@ def line(name: str, history: list[dict[str, Any]], key: str) -> Line:
 
 def pair(value: dict[str, Any], show: Any = number) -> str:
     """Return a mean with the half-width of its interval, if it has one."""
-    half = value["half_width"]
-    certain = half is None or half != half or half <= 1e-9 * abs(value["mean"])
-    return show(value["mean"]) if certain else f"{show(value['mean'])} ± {show(half)}"
+    mean, half = value["mean"], value["half_width"]
+    if mean is None or mean != mean:
+        return number(None)
+    alone = half is None or half != half or half <= 1e-9 * abs(mean)
+    return str(show(mean)) if alone else f"{show(mean)} ± {show(half)}"
