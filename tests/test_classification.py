@@ -119,6 +119,16 @@ def test_predictions_come_in_order_and_do_not_depend_on_the_batch() -> None:
         assert sum(row["scores"].values()) == pytest.approx(1, abs=1e-5)
 
 
+def test_scores_keep_the_order_of_the_rows() -> None:
+    task = TextClassification(labels=["a", "b", "c"])
+    tokenizer, model = task.tokenizer("bundled:minilm"), task.model("bundled:minilm")
+    rows = Dataset.from_dict({"text": ["medium sized one", "a much longer text " * 9, "short"], "labels": [0, 1, 2]})
+    found = task.scores(model, tokenizer, rows, batch_size=2)
+    for scores, said in zip(found, task.predict(model, tokenizer, rows["text"]), strict=True):
+        assert (task.labels or [])[scores.argmax()] == said["label"]
+        assert np.exp(scores).max() / np.exp(scores).sum() == pytest.approx(said["score"], abs=1e-5)
+
+
 def test_long_texts_are_cut() -> None:
     task = TextClassification(max_length=7, labels=["a", "b"])
     rows = Dataset.from_dict({"text": ["word " * 99], "labels": [0]})

@@ -10,7 +10,7 @@ SRC = Path(__file__).parent.parent / "src" / "interleaf"
 # a module may import from its own rank and from those to the left
 RANKS = [
     ["errors"],
-    ["settings", "files", "blocks", "sites", "sandbox", "metrics", "card"],
+    ["settings", "files", "blocks", "sites", "sandbox", "metrics", "card", "record"],
     ["marian_ssru"],
     ["bundled"],
     ["adapter", "base"],
@@ -25,7 +25,7 @@ RANKS = [
     ["store"],
     ["tasks"],
     ["forgetting", "train", "evaluate"],
-    ["compare", "demo"],
+    ["compare", "demo", "report"],
     ["cli"],
 ]
 RANK = {name: i for i, names in enumerate(RANKS) for name in names}

@@ -26,9 +26,11 @@ from transformers import TrainerCallback, set_seed
 
 from interleaf.errors import ConfigError, TrainingError
 from interleaf.forgetting import Memory, memory_of
+from interleaf.metrics import interval
+from interleaf.record import command, environment
 from interleaf.settings import TrainSettings
 from interleaf.store import WEIGHTS
-from interleaf.train import Run, environment, fit, prepare
+from interleaf.train import Run, fit, prepare
 from interleaf.tuner import task_head
 
 ARMS = ("adapter", "lora", "full", "head")
@@ -101,7 +103,7 @@ def compare(settings: TrainSettings, say: Callable[[str], None] = lambda text: N
     return {
         "settings": settings.as_dict(),
         "environment": environment(),
-        "command": " ".join(sys.argv),
+        "command": command(),
         "arms": {arm: summary([run for run in runs if run.arm == arm]) for arm in arms},
         "runs": [dataclasses.asdict(run) for run in runs],
     }
@@ -133,7 +135,7 @@ def run_arm(settings: TrainSettings, asked: CompareSettings, arm: str, seed: int
     """Train one arm with one seed and measure it."""
     rate = asked.learning_rates.get(arm, settings.learning_rate)
     scratch = Path(tempfile.mkdtemp())
-    settings = dataclasses.replace(settings, seed=seed, learning_rate=rate, out=str(scratch / "out"))
+    settings = dataclasses.replace(settings, seed=seed, learning_rate=rate, out=str(scratch / "out"), report_to=[])
     try:
         run = prepare(settings)
         attach(arm, run, asked)
@@ -276,15 +278,3 @@ def _mean_forgetting(runs: Sequence[ArmRun]) -> dict[str, Any] | None:
         **{name: interval([one[name] for one in told]) for name in ("before", "on", "lost")},
         "off_minus_before": max(off, key=abs) if off else None,
     }
-
-
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Return the mean of values and the half-width of its 95% confidence interval; NaN for one value."""
-    from scipy import stats
-
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return {"mean": mean, "half_width": math.nan}
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
-    return {"mean": mean, "half_width": half}

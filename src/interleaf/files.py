@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from interleaf.errors import StoreError
 
@@ -55,6 +57,32 @@ def refuse_existing(target: Path, overwrite: bool = False) -> None:
     """
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise StoreError(f"{target} exists already. Choose another folder, or allow it to be overwritten.")
+
+
+def documents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read an adapter folder's two JSON files; torch is not needed for that.
+
+    Raises:
+        StoreError: a file is missing or damaged.
+    """
+    return read_json(path / "adapter_config.json"), read_json(path / "interleaf.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of an adapter folder.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    try:
+        values: Any = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} is missing: {path.parent} is no adapter folder.") from error
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} is corrupt: {error}.") from error
+    if not isinstance(values, dict):
+        raise StoreError(f"{path} is corrupt: it holds no JSON object.")
+    return values
 
 
 def _sync(folder: Path) -> None:

@@ -57,6 +57,10 @@ class TrainSettings:
     """Seed of the split, the initialisation and the order of rows."""
     activation_checkpointing: bool = False
     """Compute activations twice to save memory."""
+    report_to: list[str] = field(default_factory=list)
+    """Loggers of the Trainer to follow the run with: tensorboard, trackio. Runs of `compare` do not use them."""
+    examples: int = 8
+    """Held-out rows stored, with the answers to them, beside the adapter; 0 for none."""
     compare: dict[str, Any] = field(default_factory=dict)
     """What `interleaf compare` does besides; see its help."""
     overwrite: bool = False
@@ -68,12 +72,14 @@ class TrainSettings:
         for name, low in (("epochs", 0), ("batch_size", 0), ("learning_rate", 0), ("max_length", 0)):
             if not getattr(self, name) > low:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected more than {low}.")
+        if self.examples < 0:
+            raise ConfigError(f"examples={self.examples}: expected 0 or more.")
         if not 0 < self.dev_fraction < 1:
             raise ConfigError(f"dev_fraction={self.dev_fraction}: expected between 0 and 1.")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings that describe the result, without those that only steer this machine."""
-        hidden = ("overwrite", "resume", "out", "compare")
+        hidden = ("overwrite", "resume", "out", "compare", "report_to")
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in hidden}
 
     def task_arguments(self) -> dict[str, Any]:
@@ -118,7 +124,7 @@ def _typed(name: str, value: Any, expected: str) -> Any:
     """Check a value against its annotation; YAML reads 1e-3 as a string, so numbers may be text."""
     if value is None and "None" in expected:
         return None
-    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "bool": (bool,), "dict": (dict,), "int": (int,)}
+    kinds: dict[str, type] = {"str": str, "bool": bool, "dict": dict, "int": int, "list": list}
     head = expected.split("[")[0].split(" ")[0]
     try:
         if head == "float" and not isinstance(value, bool):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from interleaf import adapterhub
 from interleaf.card import model_card
 from interleaf.errors import InterleafError, StoreError
-from interleaf.files import new_folder
+from interleaf.files import new_folder, read_json
 from interleaf.sites import stack_weights
 
 if TYPE_CHECKING:
@@ -40,6 +40,18 @@ class Adaptation:
     """The run's config."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Figures on held-out data."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """What was trained: rows, steps, parameters, sites."""
+    seconds: float | None = None
+    """How long the run took."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """The losses and held-out figures during training."""
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    """A few held-out rows: input, expected, the adapter's answer and, where it has one, the base's."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Versions and hardware."""
+    command: str | None = None
+    """The command line."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +143,7 @@ def read(path: str | Path) -> Stored:
     """
     folder = _folder(path)
     config = _config(folder)
-    record = _read_json(folder / RECORD) if (folder / RECORD).exists() else {}
+    record = read_json(folder / RECORD) if (folder / RECORD).exists() else {}
     if record.get("format", FORMAT) != FORMAT:
         raise StoreError(f"{folder / RECORD}: format {record['format']} is newer than this interleaf can read.")
     weights = folder / WEIGHTS
@@ -255,7 +267,7 @@ def _folder(path: str | Path) -> Path:
 def _config(folder: Path) -> PeftConfig:
     import interleaf.adapters  # noqa: F401  (registers the kinds)
 
-    values = _read_json(folder / CONFIG)
+    values = read_json(folder / CONFIG)
     kind = values.get("peft_type")
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise StoreError(f"{folder / CONFIG}: {kind!r} is no adapter kind that this version knows.")
@@ -268,18 +280,6 @@ def _config(folder: Path) -> PeftConfig:
         return cls(**{k: v for k, v in values.items() if k in own})
     except (InterleafError, TypeError, ValueError) as error:
         raise StoreError(f"{folder / CONFIG}: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise StoreError(f"{path} is missing: {path.parent} is no adapter folder.") from error
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path} is corrupt: {error}.") from error
-    if not isinstance(values, dict):
-        raise StoreError(f"{path} is corrupt: it holds no JSON object.")
-    return values
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

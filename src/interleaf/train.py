@@ -5,21 +5,21 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import os
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-import interleaf.adapters
+import interleaf.adapters  # noqa: F401  (registers the kinds)
 from interleaf.adapter import AdapterConfig, as_config
 from interleaf.errors import ConfigError, StoreError, TrainingError
 from interleaf.files import disk_trouble, refuse_existing
 from interleaf.model import AdaptedModel, AdapterSummary, adapt
+from interleaf.record import command, curves, environment, side_by_side
 from interleaf.settings import TrainSettings
 from interleaf.sites import Site
 from interleaf.store import Adaptation
@@ -28,6 +28,7 @@ from interleaf.tasks.base import Splits, Task
 from interleaf.tasks.rows import shortest_first
 
 CHECKPOINTS = ".checkpoints"
+LOGS = "runs"  # where the Trainer has TensorBoard's files
 
 
 @dataclass(frozen=True)
@@ -122,17 +123,47 @@ class Run:
         path = self.model.save_adapter(
             self.settings.out,
             self.settings.name,
-            Adaptation({"name": self.task.name, "state": self.task.state()}, self.settings.as_dict(), metrics),
+            self._adaptation(metrics, time.monotonic() - start, trainer.state.log_history),
             tokenizer=self.tokenizer,
             overwrite=self.settings.overwrite,
         )
+        if (scratch / LOGS).is_dir():
+            shutil.move(scratch / LOGS, path / LOGS)
         shutil.rmtree(scratch, ignore_errors=True)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return Result(path, metrics, trained, time.monotonic() - start, trainer.state.log_history)
 
+    def _adaptation(self, metrics: dict[str, Any], seconds: float, history: list[dict[str, Any]]) -> Adaptation:
+        return Adaptation(
+            task={"name": self.task.name, "state": self.task.state()},
+            run=self.settings.as_dict(),
+            metrics=metrics,
+            plan=asdict(self.plan()),
+            seconds=round(seconds, 1),
+            history=curves(history),
+            examples=self.examples(),
+            environment=environment(),
+            command=command(),
+        )
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Answer a few held-out rows with the adapter and, where it can, with the untouched base."""
+        count = self.settings.examples
+        if not count:
+            return []
+        rows = self.task.examples(self.model, self.tokenizer, self.splits.dev, count)
+        if self._has_head():
+            return side_by_side(rows, None)
+        with self.model.disable_adapter():
+            return side_by_side(rows, self.task.examples(self.model, self.tokenizer, self.splits.dev, count))
+
+    def _has_head(self) -> bool:
+        """Say whether there is a head that has to be learnt first, so that the base alone can do nothing."""
+        return self.summary().head_parameters > 0
+
     def base_metrics(self) -> dict[str, Any] | None:
-        """Measure the untouched base, where it can do the task without a head that has to be learnt first."""
-        if self.summary().head_parameters:
+        """Measure the untouched base, where it can do the task."""
+        if self._has_head():
             return None
         with self.model.disable_adapter():
             return self.task.evaluate(self.model, self.tokenizer, self.splits.dev, 2 * self.settings.batch_size)
@@ -146,6 +177,7 @@ def prepare(settings: TrainSettings) -> Run:
     """
     refuse_existing(Path(settings.out), settings.overwrite)
     _check_scratch(settings)
+    _check_loggers(settings.report_to)
     task = make_task(settings)
     splits = task.load(
         settings.train, settings.dev, dev_fraction=settings.dev_fraction, seed=settings.seed, limit=settings.limit
@@ -182,6 +214,16 @@ def _check_scratch(settings: TrainSettings) -> None:
         shutil.rmtree(scratch)
     if settings.resume and not scratch.exists():
         raise ConfigError(f"there is nothing to resume: {scratch} does not exist.")
+
+
+def _check_loggers(names: list[str]) -> None:
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    try:
+        for logger in get_reporting_integration_callbacks(names):
+            logger()
+    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"report_to={names}: {error}") from error
 
 
 def fit(
@@ -260,7 +302,7 @@ def training_arguments(settings: TrainSettings, scratch: Path, task: Task) -> Tr
         prediction_loss_only=task.compute_metrics is None,
         logging_steps=10,
         logging_nan_inf_filter=False,
-        report_to=[],
+        report_to=settings.report_to,
         disable_tqdm=True,
         seed=settings.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -287,20 +329,4 @@ def _longest(splits: Splits, tokenizer: Any) -> int:
     return len(tokenizer(longest, truncation=False)["input_ids"])
 
 
-def environment() -> dict[str, Any]:
-    """Return the versions and the hardware that figures depend on."""
-    import peft
-    import transformers
-
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "interleaf": interleaf.__version__,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-
-
-__all__ = ["Plan", "Result", "Run", "environment", "fit", "prepare"]
+__all__ = ["Plan", "Result", "Run", "fit", "prepare"]

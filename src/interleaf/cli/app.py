@@ -25,7 +25,7 @@ app = typer.Typer(
 
 VERBS = (
     *("train", "evaluate", "predict", "chat", "compare", "kinds", "sites", "list", "show", "verify", "push", "fetch"),
-    "demo",
+    *("report", "demo"),
 )
 
 

@@ -30,7 +30,7 @@ def list_adapters(
 
 def describe(path: Path) -> dict[str, Any]:
     """Summarise an adapter folder from its JSON files."""
-    from interleaf.cli.show_cmd import documents
+    from interleaf.files import documents
 
     config, record = documents(path)
     weights = path / "adapter_model.safetensors"

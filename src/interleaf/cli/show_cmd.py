@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from interleaf.cli.app import app, print_json
-from interleaf.errors import StoreError
+from interleaf.files import documents
 
 
 @app.command(epilog="Example: interleaf show out/movies --json")
@@ -27,20 +26,3 @@ def show(
 
     card = (adapter / "README.md").read_text("utf-8") if (adapter / "README.md").exists() else "no card"
     Console().print(Markdown(card.split("---\n", 2)[-1]))
-
-
-def documents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read an adapter folder's two JSON files; torch is not needed for that.
-
-    Raises:
-        StoreError: a file is missing or damaged.
-    """
-    found = []
-    for name in ("adapter_config.json", "interleaf.json"):
-        try:
-            found.append(json_module.loads((path / name).read_text("utf-8")))
-        except FileNotFoundError as error:
-            raise StoreError(f"{path} is no adapter folder: it has no {name}.") from error
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path / name} is corrupt: {error}.") from error
-    return found[0], found[1]

@@ -40,13 +40,15 @@ def train(
     limit: Annotated[int | None, typer.Option(help="Use only so many training rows.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of split, initialisation and order.")] = None,
     activation_checkpointing: Annotated[bool | None, typer.Option(help="Save memory, take longer.")] = None,
+    report_to: Annotated[list[str] | None, typer.Option(help="Log to tensorboard or trackio too.")] = None,
+    examples: Annotated[int | None, typer.Option(help="Held-out rows stored with their answers; 0 for none.")] = None,
     overwrite: Annotated[bool | None, typer.Option(help="Replace what is at OUT.")] = None,
     resume: Annotated[bool | None, typer.Option(help="Continue an unfinished run.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train an adapter on a task; the base stays frozen."""
     flags = {k: v for k, v in locals().items() if k not in ("config", "set", "task_set", "json")}
-    settings = read_settings(config, flags)
+    settings = read_settings(config, {**flags, "report_to": report_to or None})
     settings = dataclasses.replace(
         settings,
         adapter_options={**settings.adapter_options, **_options(set or [])},

@@ -59,5 +59,8 @@ class Task(Protocol):
     ) -> Iterator[dict[str, Any]]:
         """Yield a prediction a text, in order."""
 
+    def examples(self, model: Any, tokenizer: Any, data: Dataset, count: int) -> list[dict[str, Any]]:
+        """Return a few rows to look at, with the keys input, expected and answer; of a classifier also `score`."""
+
     def state(self) -> dict[str, Any]:
         """Return what is stored with the adapter."""

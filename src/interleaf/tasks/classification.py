@@ -12,7 +12,7 @@ from interleaf.base import load_base
 from interleaf.errors import DataError
 from interleaf.metrics import classification_metrics, headline
 from interleaf.tasks.base import Splits
-from interleaf.tasks.rows import LABEL_COLUMNS, TEXT_COLUMNS, find_column, no_gaps, read_rows, shortest_first
+from interleaf.tasks.rows import LABEL_COLUMNS, TEXT_COLUMNS, by_length, find_column, no_gaps, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -176,19 +176,46 @@ class TextClassification:
 
     def evaluate(self, model: Any, tokenizer: Any, data: Dataset, batch_size: int = 64) -> dict[str, Any]:
         """Return all metrics on rows."""
+        return self._report(data["labels"], self.scores(model, tokenizer, data, batch_size))
+
+    def scores(self, model: Any, tokenizer: Any, data: Dataset, batch_size: int = 64) -> Any:
+        """Return the logits of rows in their order, shape [N, C]; rows of like length share a batch."""
         import numpy as np
         import torch
 
-        rows = shortest_first(self.encode(data, tokenizer))
-        loader = torch.utils.data.DataLoader(rows, batch_size=batch_size, collate_fn=self.collator(tokenizer))
-        true, scores = [], []
+        rows = self.encode(data, tokenizer)
+        order = by_length(rows)
+        loader = torch.utils.data.DataLoader(
+            rows.select(order), batch_size=batch_size, collate_fn=self.collator(tokenizer)
+        )
+        found = []
         model.eval()
         with torch.inference_mode():
             for batch in loader:
-                batch = {k: v.to(model.device) for k, v in batch.items()}
-                true.append(batch.pop("labels").cpu().numpy())
-                scores.append(model(**batch).logits.float().cpu().numpy())
-        return self._report(np.concatenate(true), np.concatenate(scores))
+                batch = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
+                found.append(model(**batch).logits.float().cpu().numpy())
+        return np.concatenate(found)[np.argsort(order)]
+
+    def examples(self, model: Any, tokenizer: Any, data: Dataset, count: int) -> list[dict[str, Any]]:
+        """Return of the first 500 rows the surest mistakes, half of `count` at most, and then rows that are right."""
+        import torch
+
+        data = data.select(range(min(500, len(data))))
+        chances = torch.from_numpy(self.scores(model, tokenizer, data)).softmax(-1).numpy()
+        said = chances.argmax(-1)
+        wrong = sorted((i for i, true in enumerate(data["labels"]) if said[i] != true), key=lambda i: -chances[i].max())
+        right = [i for i, true in enumerate(data["labels"]) if said[i] == true]
+        errors = wrong[: max(count // 2, count - len(right))]
+        names = self.labels or []
+        return [
+            {
+                "input": "\n".join(data[i][c] for c in ("text", "text_pair") if c in data.column_names),
+                "expected": names[data[i]["labels"]],
+                "answer": names[said[i]],
+                "score": float(chances[i].max()),
+            }
+            for i in [*errors, *right[: count - len(errors)]]
+        ]
 
     def predict(
         self, model: Any, tokenizer: Any, texts: Iterable[str], batch_size: int = 32

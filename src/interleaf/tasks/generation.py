@@ -299,6 +299,14 @@ class Generation(ABC):
             answers = self.generate(model, tokenizer, {"text": chunk}, batch_size)
             yield from ({"text": text, "answer": answer} for text, answer in zip(chunk, answers, strict=True))
 
+    def examples(self, model: Any, tokenizer: Any, data: Dataset, count: int) -> list[dict[str, Any]]:
+        """Return rows spread over the data, with the model's answers to them."""
+        count = min(count, len(data))
+        rows = data.select([i * len(data) // count for i in range(count)]).to_dict()
+        answers = self.generate(model, tokenizer, rows)
+        names = ("input", "expected", "answer")
+        return [dict(zip(names, row, strict=True)) for row in zip(rows["text"], rows["target"], answers, strict=True)]
+
     # ---- measures
 
     def evaluate(self, model: Any, tokenizer: Any, data: Dataset, batch_size: int = 32) -> dict[str, Any]:

@@ -91,8 +91,13 @@ def _read_hub(ref: str) -> Dataset:
 
 def shortest_first(rows: Dataset) -> Dataset:
     """Sort encoded rows by their number of tokens, so that a batch to evaluate holds little padding."""
+    return rows.select(by_length(rows))
+
+
+def by_length(rows: Dataset) -> list[int]:
+    """Return the numbers of encoded rows, those with the fewest tokens first."""
     lengths = [len(ids) for ids in rows["input_ids"]]
-    return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
+    return sorted(range(len(rows)), key=lengths.__getitem__)
 
 
 def find_column(data: Dataset, given: str | None, usual: Sequence[str], what: str, taken: Sequence[str] = ()) -> str:
