@@ -289,7 +289,7 @@ def test_beside_a_prompt_no_adapter_can_be_for_chosen_tokens() -> None:
 def test_it_moves_compiles_and_checkpoints(part: str) -> None:
     model = adapted("llama", union(part))
     after = logits(model)
-    if part != "dora":  # PEFT's DoRA asks for the type of a weight, which the compiler cannot trace
+    if part in CHIEF:
         torch._dynamo.reset()
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(logits(compiled), after, rtol=1e-4, atol=1e-4)
@@ -494,15 +494,19 @@ def test_parts_are_checked() -> None:
 
 def test_an_attention_that_cannot_take_a_prefix_is_refused() -> None:
     from transformers import MambaConfig, MambaForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
     model = interleaf.adapt(MambaForCausalLM(MambaConfig(**sizes)))
     with pytest.raises(SiteError, match="a prefix"):
         model.add_adapter("a", UnionConfig(parts=[PARTS["prefix"], BottleneckConfig(positions=["block"])]))
     other = adapted("llama", union("prefix"))
+    asked = ALL_ATTENTION_FUNCTIONS.get_interface("flex_attention", None)
+    with pytest.raises(SiteError, match="cannot run with the attention 'flex_attention'"):
+        asked(other.model.layers[0].self_attn, *[torch.zeros(1, 4, 3, 8)] * 3, None)
     other.config._attn_implementation = "flex_attention"
     with pytest.raises(SiteError, match="cannot run with the attention 'flex_attention'"):
-        logits(other)
+        other.add_adapter("b", union("prefix"))
 
 
 def test_a_multiplicative_part_keeps_what_ran_before_it() -> None:
