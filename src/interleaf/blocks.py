@@ -103,6 +103,15 @@ def _has_raw_maps(module: nn.Module) -> bool:
     )
 
 
+def _has_experts(module: nn.Module) -> bool:
+    """Tell whether a module holds experts: a list of several parts with linear maps, or what is called so."""
+    return any(
+        isinstance(m, nn.ModuleList | nn.ModuleDict) and (isinstance(m, nn.ModuleList) or "expert" in n)
+        for n, m in module.named_modules()
+        if len(list(m.children())) > 1 and "adapter_slot" not in n and _linears(m)
+    )
+
+
 def _is_conv(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv1d | nn.Conv2d)
 
@@ -256,8 +265,7 @@ def _whole(module: nn.Module) -> str | None:
 
     The last have fused kernels that take the weight of the output map and never call it.
     """
-    lists = any(isinstance(m, nn.ModuleList) and len(m) > 1 and _linears(m) for m in module.modules())
-    if not lists and not _has_raw_maps(module):
+    if not _has_experts(module) and not _has_raw_maps(module):
         convolves = any(_is_conv(c) for c in module.children()) and not is_linear(module)
         return "" if convolves else None
     inner = [
