@@ -182,7 +182,7 @@ def odd(shape: Shape) -> dict[str, dict[str, Any]]:
         "longcat_flash": {"head_dim": 8},
         "mamba2": {"num_heads": shape.width // 4, "head_dim": 8, "n_groups": 2},
         "ministral": {"head_dim": head},
-        "mobilebert": {"intra_bottleneck_size": 4 * shape.heads},
+        "mobilebert": {"intra_bottleneck_size": 4 * shape.heads, "embedding_size": shape.width // 2},
         "musicgen": {"decoder": {"num_codebooks": 1}},
         "musicgen_melody": {"decoder": {"num_codebooks": 1}},
         "nemotron": {"num_key_value_heads": shape.groups},
