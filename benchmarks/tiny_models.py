@@ -23,7 +23,7 @@ HEADS = {
 """Auto classes and the model types they know; the first four make a text model type."""
 
 
-SOUND = ("wav2vec2", "wav2vec2-conformer", "hubert", "wavlm")
+SOUND = ("wav2vec2", "hubert", "wavlm")
 BEYOND_TEXT = {
     "vit": "ViTForImageClassification",
     "deit": "DeiTForImageClassification",
@@ -182,10 +182,11 @@ def odd(shape: Shape) -> dict[str, dict[str, Any]]:
         "longcat_flash": {"head_dim": 8},
         "mamba2": {"num_heads": shape.width // 4, "head_dim": 8, "n_groups": 2},
         "ministral": {"head_dim": head},
-        "mobilebert": {"intra_bottleneck_size": 4 * shape.heads},
+        "mobilebert": {"intra_bottleneck_size": 4 * shape.heads, "embedding_size": shape.width // 2},
         "musicgen": {"decoder": {"num_codebooks": 1}},
         "musicgen_melody": {"decoder": {"num_codebooks": 1}},
         "nemotron": {"num_key_value_heads": shape.groups},
+        "nemotron3_diarization": {"head_config": {"audio_hidden_size": shape.width}},
         "neomme": {"head_dim": 16},
         "perceiver": {"num_self_attends_per_block": layers},
         "qwen3_5": {"text_config": hybrid},
@@ -207,6 +208,8 @@ def odd(shape: Shape) -> dict[str, dict[str, Any]]:
         "rwkv": {"num_hidden_layers": max(2, layers)},
         "swin": {"depths": [layers, 1], "num_heads": [2, 4], "embed_dim": 16, "window_size": 2, "patch_size": 4},
         **{kind: {"conv_dim": [16] * 7, "num_conv_pos_embeddings": 8} for kind in SOUND},
+        "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 2},
+        "wav2vec2-conformer": {"vocab_size": shape.vocabulary, "conv_dim": [16] * 7, "num_conv_pos_embeddings": 8},
         "whisper": {"num_mel_bins": 16},
         "speech_to_text": {"input_feat_per_channel": 16, "conv_channels": 32},
         "audio-spectrogram-transformer": {"num_mel_bins": 32, "max_length": 64},

@@ -90,7 +90,8 @@ def test_kinds_describes_every_setting(run: Any, name: str) -> None:
         assert setting["type"]
     if name in Registry.presets():
         made: Any = Registry.presets()[name]
-        assert {s["name"]: s["value"] for s in told["settings"]} == {n: getattr(made, n) for n in expected}
+        shown = config_cls(**{s["name"]: s["value"] for s in told["settings"]})
+        assert {n: shown.to_dict()[n] for n in expected} == {n: made.to_dict()[n] for n in expected}
 
 
 def test_kinds_shows_types_whole_and_refuses_strangers(run: Any) -> None:

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from benchmarks import tiny_models
 from torch import nn
-from transformers import AlbertConfig, AlbertForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+)
 
 import interleaf
 from interleaf.errors import SiteError
@@ -81,6 +89,87 @@ def test_a_feed_forward_as_wide_as_the_model_is_still_one_sublayer() -> None:
     config = BertConfig(**{**COMMON, "intermediate_size": 32})
     sites = [s for s in find_sites(BertForSequenceClassification(config)) if s.layer == 0]
     assert [s.write.rpartition("layer.0.")[2] for s in sites[:2]] == ["attention.output.dense", "output.dense"]
+
+
+ODD_WRITES = {
+    # the model's name says nothing of what a child is: "ssm" in GptOssMLP, "conv" in ConvBertOutput
+    "gpt_oss": ["attention self_attn.o_proj", "ffn mlp"],
+    "seed_oss": ["attention self_attn.o_proj", "ffn mlp.down_proj"],
+    "cohere_compass_text": ["attention self_attn.o_proj", "ffn mlp.down_proj"],
+    "convbert": ["attention attention.output.dense", "ffn output.dense"],
+    "recurrent_gemma": ["attention temporal_block", "ffn mlp_block.down_proj"],
+    "seamless_m4t": ["attention self_attn.out_proj", "ffn ffn.fc2"],
+    "xlstm": ["attention mlstm_layer.out_proj", "ffn ffn.proj_down"],
+    # a list of attentions, a list of feed-forwards
+    "longcat_flash": [
+        "ffn mlp",
+        "attention self_attn.0.o_proj",
+        "attention self_attn.1.o_proj",
+        "ffn mlps.0.down_proj",
+        "ffn mlps.1.down_proj",
+    ],
+    # the last map of the width is a gate
+    "minimax": ["attention self_attn.out_proj", "ffn mlp"],
+    "rwkv": ["attention attention.output", "ffn feed_forward"],
+    # raw maps beside the one that writes; norms with maps; low-rank helpers beside the sublayers
+    "funnel": ["attention attention.post_proj", "ffn ffn.linear_2"],
+    "axk2": ["attention self_attn.o_proj", "ffn mlp"],
+    "gemma3n_text": ["attention self_attn.o_proj", "ffn mlp.down_proj"],
+    # a block in a block
+    "zamba": [
+        "attention shared_transf.self_attn.o_proj",
+        "ffn shared_transf.feed_forward.down_proj",
+        "attention mamba_decoder.mamba",
+    ],
+    # mixers that are all there is, and none at all
+    "mamba": ["attention mixer"],
+    "fnet": ["ffn output.dense"],
+    "mobilebert": ["attention attention.output.dense", "ffn output.bottleneck.dense"],
+}
+
+
+@pytest.mark.parametrize("kind", ODD_WRITES)
+def test_where_an_odd_block_writes(kind: str) -> None:
+    layer = 0 if kind == "recurrent_gemma" else 1
+    sites = [s for s in find_sites(tiny_models.build(kind)[0]) if s.layer == layer]
+    block = next(s.write for s in sites if s.position == "block")
+    found = [f"{s.position} {s.write.removeprefix(block + '.')}" for s in sites if s.write.startswith(f"{block}.")]
+    assert found == ODD_WRITES[kind]
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "mixtral", "bart", "lfm2", "modernbert", "jetmoe", "mobilebert"])
+def test_sites_do_not_depend_on_sizes_that_happen_to_be_equal(kind: str) -> None:
+    base, square = (find_sites(tiny_models.build(kind, tiny_models.SHAPES[s])[0]) for s in ("base", "square"))
+    for left, right in zip((s for s in base if s.layer == 0), square, strict=True):
+        assert (left.read, left.write, left.position) == (right.read, right.write, right.position)
+
+
+def test_sparse_layers_among_dense_ones() -> None:
+    sites = find_sites(tiny_models.build("nllb-moe", tiny_models.SHAPES["deep"])[0])
+    ffns = [s.write.rpartition("layers.")[2] for s in sites if s.position == "ffn" and "encoder" in s.stack]
+    assert ffns == ["0.ffn.fc2", "1.ffn.fc2", "2.ffn.fc2", "3.ffn"]
+
+
+def test_encoder_and_decoder_have_widths_of_their_own() -> None:
+    decoder = BertConfig(**{**COMMON, "hidden_size": 48}, is_decoder=True, add_cross_attention=True)
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**COMMON), decoder)
+    model = EncoderDecoderModel(config=config)
+    widths = {s.stack: s.width for s in find_sites(model)}
+    assert widths == {"encoder.encoder.layer": 32, "decoder.bert.encoder.layer": 48}
+    interleaf.adapt(model).add_adapter("a", "parallel", positions=["attention", "ffn", "block"])
+    given = {"input_ids": torch.tensor([[5, 6, 7]]), "decoder_input_ids": torch.tensor([[8, 9]])}
+    assert model(**given).logits.shape == (1, 2, 99)
+
+
+def test_both_towers_of_a_dual_encoder_and_the_text_alone_of_a_model_that_reads_pictures() -> None:
+    clip = {s.stack for s in find_sites(tiny_models.build("clip", head="beyond")[0])}
+    assert clip == {"text_model.encoder.layers", "vision_model.encoder.layers"}
+    assert {s.stack for s in find_sites(tiny_models.build("gemma3")[0])} == {"model.language_model.layers"}
+
+
+def test_a_position_that_an_architecture_lacks_is_named_with_what_there_is() -> None:
+    with pytest.raises(SiteError, match=r"no position 'ffn'\. It has: attention, block"):
+        interleaf.adapt(tiny_models.build("mamba")[0]).add_adapter("a", "houlsby")
 
 
 def test_an_adapted_model_has_the_same_sites() -> None:

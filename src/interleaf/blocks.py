@@ -103,6 +103,15 @@ def _has_raw_maps(module: nn.Module) -> bool:
     )
 
 
+def _has_experts(module: nn.Module) -> bool:
+    """Tell whether a module holds experts: a list of several parts with linear maps, or what is called so."""
+    return any(
+        isinstance(m, nn.ModuleList | nn.ModuleDict) and (isinstance(m, nn.ModuleList) or "expert" in n)
+        for n, m in module.named_modules()
+        if len(list(m.children())) > 1 and "adapter_slot" not in n and _linears(m)
+    )
+
+
 def _is_conv(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv1d | nn.Conv2d)
 
@@ -151,14 +160,17 @@ def _text_config(config: Any) -> Any:
         return config.get_text_config(decoder=True)
 
 
-def stack_width(model: nn.Module, stack: str, blocks: Sequence[tuple[str, nn.Module]]) -> int:
-    """Return a stack's width: what the nearest config states, if a map of its layers ends in it, else what most do."""
-    parts = stack.split(".")
+def block_width(model: nn.Module, name: str, block: nn.Module) -> int:
+    """Return a block's width: what the nearest config states, if the block's own norms, or else its maps, have it."""
+    parts = name.split(".")
     around = (model.get_submodule(".".join(parts[:i])) for i in range(len(parts) - 1, -1, -1))
     stated = (getattr(_text_config(getattr(m, "config", None)), "hidden_size", None) for m in around)
-    width = next((w for w in stated if isinstance(w, int)), None)
-    ends = {_out_dim(m) for _, block in blocks for _, m in _linears(block)}
-    return width if width in ends or not ends else _common_width(blocks)  # type: ignore[return-value]
+    width = next((w for w in stated if isinstance(w, int)), 0)
+    norms = Counter(
+        p.numel() for n, c in block.named_children() if _NORM.search(n) for p in c.parameters(recurse=False)
+    )
+    ends = norms or Counter(_out_dim(m) for _, m in _linears(block))
+    return width if width in ends or not ends else ends.most_common(1)[0][0]
 
 
 def _is_stack(layers: nn.ModuleList) -> bool:
@@ -169,11 +181,11 @@ def _is_stack(layers: nn.ModuleList) -> bool:
 
 
 def _descend(name: str, layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """ALBERT keeps its layers in groups: a layer that is only a list of layers gives way to them."""
+    """ALBERT keeps its layers in groups, Swin in stages: a layer that holds a list of layers gives way to them."""
     children = [(n, c) for n, c in layer.named_children() if _weighty(n, c)]
-    list_name, items = children[0] if len(children) == 1 else ("", layer)
-    if isinstance(items, nn.ModuleList) and _is_stack(items):
-        return [(f"{name}.{list_name}.{i}", item) for i, item in enumerate(items)]
+    for list_name, items in children:
+        if isinstance(items, nn.ModuleList) and _is_stack(items) and (len(children) == 1 or all(map(_is_block, items))):
+            return [(f"{name}.{list_name}.{i}", item) for i, item in enumerate(items)]
     return [(name, layer)]
 
 
@@ -253,8 +265,7 @@ def _whole(module: nn.Module) -> str | None:
 
     The last have fused kernels that take the weight of the output map and never call it.
     """
-    lists = any(isinstance(m, nn.ModuleList) and len(m) > 1 and _linears(m) for m in module.modules())
-    if not lists and not _has_raw_maps(module):
+    if not _has_experts(module) and not _has_raw_maps(module):
         convolves = any(_is_conv(c) for c in module.children()) and not is_linear(module)
         return "" if convolves else None
     inner = [

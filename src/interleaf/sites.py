@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from interleaf.blocks import Stack, hidden_size, shared_parts, stack_width, stacks_of, sublayers
+from interleaf.blocks import Stack, block_width, hidden_size, shared_parts, stacks_of, sublayers
 from interleaf.errors import SiteError
 
 POSITIONS = ("attention", "cross_attention", "ffn", "block")
@@ -49,9 +49,8 @@ def find_sites(model: nn.Module, width: int | None = None) -> list[Site]:
         width = hidden_size(model)
     found: list[Site] = []
     for stack, blocks in stacks_of(model):
-        own = width or stack_width(model, stack, blocks)
         for layer, (name, block) in enumerate(blocks):
-            found += _block_sites(name, block, stack, layer, own)
+            found += _block_sites(name, block, stack, layer, width or block_width(model, name, block))
     if not found:
         raise SiteError(
             f"no repeated layers were found in {type(model).__name__}. Name the modules to adapt with `target_modules`."
@@ -119,9 +118,9 @@ def _target(model: nn.Module, names: tuple[str, ...], stacks: Sequence[Stack], w
     """Make a site of named modules; outside all layers it has layer -1 of the stack it is nearest to."""
     read, name, norm = (*names, names[0], "")[:3] if len(names) < 2 else (*names, "")[:3]
     for stack, blocks in stacks:
-        for layer, (block, _) in enumerate(blocks):
-            if f"{name}.".startswith(f"{block}."):
-                own = width or stack_width(model, stack, blocks)
+        for layer, (block_name, block) in enumerate(blocks):
+            if f"{name}.".startswith(f"{block_name}."):
+                own = width or block_width(model, block_name, block)
                 return Site(name, read, "target", stack, layer, own, norm)
     near = nearest_stack(name, [stack for stack, _ in stacks])
     return Site(name, read, "target", near, -1, width or hidden_size(model), norm)
