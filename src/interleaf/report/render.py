@@ -62,6 +62,7 @@ def _content(runs: Sequence[RunReport]) -> dict[str, Any]:
     return {
         "runs": runs,
         "overview": overview(runs),
+        "comparisons": any("arms" in run.record for run in runs),
         "version": __version__,
         "kind": lambda block: type(block).__name__,
         "groups": lambda section: [list(same) for _, same in groupby(section.blocks, type)],
