@@ -209,4 +209,5 @@ def read_texts(ref: str, column: str | None = None) -> Iterator[str]:
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error that says anything."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
