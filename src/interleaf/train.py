@@ -197,7 +197,7 @@ def make_task(settings: TrainSettings) -> Task:
         ConfigError: an unknown task, or a setting that the task does not have.
     """
     if settings.task not in TASKS:
-        raise ConfigError(f"there is no task {settings.task!r}. There are: {', '.join(TASKS)}.")
+        raise ConfigError(f"task={settings.task!r}: expected one of {', '.join(TASKS)}.")
     cls = TASKS[settings.task]
     known = inspect.signature(cls).parameters
     if unknown := sorted(settings.task_options.keys() - known.keys()):
