@@ -274,6 +274,9 @@ def build(kind: str, shape: Shape = SHAPES["base"], head: str | None = None) -> 
     """
     torch.manual_seed(0)
     config = tiny_config(kind, shape)
+    for part in (config, *vars(config).values()):
+        if head == "sequence" and getattr(part, "pad_token_id", 0) is None:
+            part.pad_token_id = 0  # it takes the last token that is no padding
     if head == "beyond":
         model = getattr(transformers, BEYOND_TEXT[kind])(config).eval()
     else:
