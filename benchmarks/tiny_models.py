@@ -277,6 +277,8 @@ def build(kind: str, shape: Shape = SHAPES["base"], head: str | None = None) -> 
     for part in (config, *vars(config).values()):
         if head == "sequence" and getattr(part, "pad_token_id", 0) is None:
             part.pad_token_id = 0  # it takes the last token that is no padding
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0
     if head == "beyond":
         model = getattr(transformers, BEYOND_TEXT[kind])(config).eval()
     else:
@@ -311,7 +313,7 @@ def inputs(model: Any, shape: Shape, head: str = "") -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     rows, words = shape.rows, (20, shape.vocabulary - 20)
     found = {"input_ids": torch.randint(*words, (rows, shape.length), generator=generator)}
-    if head == "sequence" and model.config.eos_token_id is not None:
+    if head == "sequence" and model.config.is_encoder_decoder:
         found["input_ids"][:, -1] = model.config.eos_token_id  # BART's head looks for it
     found["attention_mask"] = torch.ones_like(found["input_ids"])
     takes = inspect.signature(model.forward).parameters
