@@ -319,7 +319,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [INTRODUCTION.format(versions=versions, **counts), *table(plain)]
     lines += ["", "## Beyond text", "", *table(seen)]
     lines += ["", "## Other shapes and heads", ""]
-    lines += ["The tables above are of the shape `base`. What follows was run in two ways in, parallel and skip.", ""]
+    lines += ["The tables above are of the shape `base`, with the first head a type has. `--shape` and `--head` run others, in two ways in, parallel and skip.", ""]
     lines += [f"- `{name}`: {', '.join(f'{k} {v}' for k, v in asdict(s).items())}" for name, s in SHAPES.items()]
     lines += ["", *counts_of(rows), "", "## Not every check passed", ""]
     failed = [

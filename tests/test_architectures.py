@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from benchmarks.architectures import PAGE, WAYS, Job, check_type, passed
+from benchmarks.architectures import PAGE, RUNS, WAYS, Job, check_type, passed
 
 ODD = {
     "albert": "layers in groups",
@@ -59,8 +59,22 @@ def test_the_page_says_what_was_found() -> None:
     counts = re.search(r"Of the (\d+) text model types, (\d+) were built .*; (\d+) of these passed", page)
     assert counts is not None
     total, plain, good = map(int, counts.groups())
-    rows = re.findall(r"^\| (\S+) \| \w+ \| .* \|$", page, flags=re.MULTILINE)[1:]
-    assert len(rows) == plain
+    text, beyond = (re.findall(r"^\| [\w.-]+ \| \w+ \| .* \|$", part, re.MULTILINE)[1:] for part in parts(page))
+    assert len(text) == plain
+    assert len(beyond) >= 10
     assert plain >= 235
     assert good >= 0.98 * plain
     assert total - plain == len(re.findall(r"^- ", page.split("## Not built")[1], flags=re.MULTILINE))
+
+
+def parts(page: str) -> tuple[str, str]:
+    text, rest = page.split("## Beyond text")
+    return text, rest.split("## Other shapes")[0]
+
+
+def test_the_page_tells_of_every_shape_and_head() -> None:
+    rows = re.findall(r"^\| \w+ \| .* \| (\d+) \| (\d+) \| (\d+) \|$", PAGE.read_text("utf-8"), re.MULTILINE)
+    assert len(rows) == len(RUNS)
+    for types, plain, good in rows:
+        assert int(plain) >= 0.9 * int(types)
+        assert int(good) >= 0.98 * int(plain) - 1
