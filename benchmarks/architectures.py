@@ -307,6 +307,12 @@ def counts_of(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+OTHERS = (
+    "The tables above are of the shape `base`, with the first head a type has. "
+    "`--shape` and `--head` run others, in two ways in, parallel and skip."
+)
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     """Write the page: the counts, a row for each type, the exceptions with their reasons."""
     text = [r for r in rows if r["shape"] == "base" and r["head"] is None]
@@ -319,7 +325,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [INTRODUCTION.format(versions=versions, **counts), *table(plain)]
     lines += ["", "## Beyond text", "", *table(seen)]
     lines += ["", "## Other shapes and heads", ""]
-    lines += ["The tables above are of the shape `base`, with the first head a type has. `--shape` and `--head` run others, in two ways in, parallel and skip.", ""]
+    lines += [OTHERS, ""]
     lines += [f"- `{name}`: {', '.join(f'{k} {v}' for k, v in asdict(s).items())}" for name, s in SHAPES.items()]
     lines += ["", *counts_of(rows), "", "## Not every check passed", ""]
     failed = [
