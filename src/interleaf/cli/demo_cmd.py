@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from interleaf.cli.app import app, print_json, quiet, size, table
+from interleaf.cli.app import app, print_json, quiet, table
+from interleaf.files import size
 
 
 @app.command(epilog="Example: interleaf demo --seed 1")

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from interleaf.cli.app import app, print_json, size, table
+from interleaf.cli.app import app, print_json, table
+from interleaf.files import size
 
 
 @app.command(name="list", epilog="Example: interleaf list out")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from interleaf.cli.app import app, print_json, quiet, size, table
+from interleaf.cli.app import app, print_json, quiet, table
+from interleaf.files import size
 from interleaf.settings import read_settings
 
 if TYPE_CHECKING:

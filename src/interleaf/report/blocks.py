@@ -73,15 +73,6 @@ def number(value: Any) -> str:
     return f"{value:.4g}" if abs(value) >= 1 else f"{value:.4f}"
 
 
-def size(count: float) -> str:
-    """Return a count of bytes for people."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
 def duration(seconds: float) -> str:
     """Return a time for people."""
     if math.isnan(seconds):

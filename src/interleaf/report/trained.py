@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from interleaf.files import size
 from interleaf.report import figures
-from interleaf.report.blocks import Example, Figure, RunReport, Section, Table, duration, number, short, size
+from interleaf.report.blocks import Example, Figure, RunReport, Section, Table, duration, number, short
 from interleaf.report.shared import again, facts, line, settings
 from interleaf.report.words import measure, told
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from interleaf.report.blocks import number, size
+from interleaf.files import size
+from interleaf.report.blocks import number
 
 
 @dataclass(frozen=True)
