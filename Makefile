@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help demo browser test test-slow test-download lint clean
 
 help:
-	@echo "make demo       train an adapter on real movie reviews, about three minutes on two cores"
+	@echo "make demo       train an adapter on real movie reviews, some minutes on two cores"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that train real models for minutes, and the one that opens a browser"
 	@echo "make test-download  the tests of bundled models and corpora of 400 MB"
