@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import multiprocessing
 import resource
 import shutil
@@ -17,23 +16,28 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainerCallback, set_seed
 
-from interleaf.errors import ConfigError, TrainingError
-from interleaf.forgetting import Memory, memory_of
+from interleaf.errors import ConfigError, DataError, TrainingError
+from interleaf.forgetting import memory_of
 from interleaf.metrics import interval
-from interleaf.record import command, environment
+from interleaf.record import command, curves, environment
 from interleaf.settings import TrainSettings
 from interleaf.store import WEIGHTS
+from interleaf.tasks.base import Splits
 from interleaf.train import Run, fit, prepare
 from interleaf.tuner import task_head
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 ARMS = ("adapter", "lora", "full", "head")
+COSTS = ("seconds", "seconds_to_best", "peak_memory_bytes", "flops_per_step", "stored_bytes", "trained_parameters")
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,6 @@ class CompareSettings:
     """Peak learning rates of the arms whose best is not the run's own."""
     lora: dict[str, Any] = field(default_factory=lambda: {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"})
     """Settings of PEFT's LoraConfig."""
-    earlier: str | None = None
-    """What may be forgotten: an earlier task's labelled texts, other pairs, or general text."""
 
     def __post_init__(self) -> None:
         if unknown := [arm for arm in self.arms if arm not in ARMS]:
@@ -139,26 +141,26 @@ def run_arm(settings: TrainSettings, asked: CompareSettings, arm: str, seed: int
     try:
         run = prepare(settings)
         attach(arm, run, asked)
-        memory = memory_of(run.model, run.task, run.tokenizer, asked.earlier) if asked.earlier else None
-        before = _untouched(run, arm, memory)
+        splits, held = halves(run.splits, seed)
+        memory = memory_of(run.model, run.task, run.tokenizer, settings.earlier) if settings.earlier else None
         flops = step_flops(run)
         set_seed(seed)
         clock = Clock(run.task.best_metric)
         start = time.monotonic()
-        trainer = fit(run.model, run.task, run.tokenizer, run.splits, settings, scratch / "run", (clock,))
+        trainer = fit(run.model, run.task, run.tokenizer, splits, settings, scratch / "run", (clock,))
         seconds = time.monotonic() - start
         return ArmRun(
             arm=arm,
             seed=seed,
-            metrics=run.task.evaluate(run.model, run.tokenizer, run.splits.dev, 2 * settings.batch_size),
+            metrics=run.task.evaluate(run.model, run.tokenizer, held, 2 * settings.batch_size),
             trained_parameters=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
             stored_bytes=_stored_bytes(arm, run, scratch),
             seconds=seconds,
             seconds_to_best=clock.best()[1],
             peak_memory_bytes=peak_memory_bytes(),
             flops_per_step=flops,
-            forgetting=_forgetting(arm, run, memory, before),
-            history=trainer.state.log_history,
+            forgetting=memory.told(run.model, adapted=arm in ("adapter", "lora")) if memory else None,
+            history=curves(trainer.state.log_history),
         )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -182,22 +184,16 @@ def attach(arm: str, run: Run, asked: CompareSettings) -> None:
         model.get_submodule(head).requires_grad_(True)
 
 
-def _untouched(run: Run, arm: str, memory: Memory | None) -> float | None:
-    if memory is None:
-        return None
-    if arm in ("adapter", "lora"):
-        with run.model.disable_adapter():
-            return memory.measure(run.model)
-    return memory.measure(run.model)
+def halves(splits: Splits, seed: int) -> tuple[Splits, Dataset]:
+    """Divide the held-out rows: one half chooses the best epoch, the other, which nothing has seen, is measured.
 
-
-def _forgetting(arm: str, run: Run, memory: Memory | None, before: float | None) -> dict[str, Any] | None:
-    """Measure what is left, with the adapter on and off; full fine-tuning cannot be switched off."""
-    if memory is None or before is None:
-        return None
-    on = memory.measure(run.model)
-    off = _untouched(run, arm, memory) if arm in ("adapter", "lora") else None
-    return {"measure": memory.name, "before": before, "on": on, "off": off, "lost": memory.lost(before, on)}
+    Raises:
+        DataError: fewer than two rows are held out.
+    """
+    if len(splits.dev) < 2:
+        raise DataError("a comparison needs two held-out rows at least: one to choose by, one to measure.")
+    parts = splits.dev.train_test_split(test_size=0.5, seed=seed, keep_in_memory=True)
+    return dataclasses.replace(splits, dev=parts["train"]), parts["test"]
 
 
 def _stored_bytes(arm: str, run: Run, scratch: Path) -> int:
@@ -253,28 +249,28 @@ class Clock(TrainerCallback):
     def best(self) -> tuple[float, float]:
         """Return the best score and when it was first reached."""
         sign = -1 if self.metric == "loss" else 1
-        return max(self.reached, key=lambda pair: (sign * pair[0], -pair[1]), default=(math.nan, math.nan))
+        return max(self.reached, key=lambda pair: (sign * pair[0], -pair[1]))
 
 
 def summary(runs: Sequence[ArmRun]) -> dict[str, Any]:
-    """Return means over the seeds, and of the scores the 95% confidence interval of the mean (Student's t)."""
-    costs = ("seconds", "seconds_to_best", "peak_memory_bytes", "flops_per_step", "stored_bytes", "trained_parameters")
+    """Return means over the seeds with the 95% confidence interval of the mean (Student's t)."""
     scores = [k for k, v in runs[0].metrics.items() if isinstance(v, float)]
     return {
         "seeds": [run.seed for run in runs],
         "scores": {name: interval([run.metrics[name] for run in runs]) for name in scores},
-        "costs": {name: sum(getattr(run, name) for run in runs) / len(runs) for name in costs},
-        "forgetting": _mean_forgetting(runs),
+        "costs": {name: interval([getattr(run, name) for run in runs]) for name in COSTS},
+        "forgetting": _mean_forgetting([run.forgetting for run in runs if run.forgetting is not None]),
     }
 
 
-def _mean_forgetting(runs: Sequence[ArmRun]) -> dict[str, Any] | None:
-    told = [run.forgetting for run in runs if run.forgetting is not None]
+def _mean_forgetting(told: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not told:
         return None
-    off = [one["off"] - one["before"] for one in told if one["off"] is not None]
+    off = [one["off"] for one in told if one["off"] is not None]
+    changes = [one["off"] - one["before"] for one in told if one["off"] is not None]
     return {
         "measure": told[0]["measure"],
         **{name: interval([one[name] for one in told]) for name in ("before", "on", "lost")},
-        "off_minus_before": max(off, key=abs) if off else None,
+        "off": interval(off) if off else None,
+        "off_minus_before": max(changes, key=abs) if off else None,
     }

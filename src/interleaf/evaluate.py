@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from interleaf.compose import Fuse, by_row, head_of, leaves, parse, replace_chil
 from interleaf.errors import ConfigError, StoreError
 from interleaf.model import adapt
 from interleaf.slot import slots
-from interleaf.tasks import TASKS
+from interleaf.tasks import TASKS, check_options
 from interleaf.tasks.base import Task
+from interleaf.tuner import task_head
 
 
 @dataclass
@@ -27,20 +29,40 @@ class Opened:
     tokenizer: Any
     record: dict[str, Any]
 
-    def evaluate(self, data: str, batch_size: int = 64) -> dict[str, Any]:
+    def evaluate(
+        self, data: str, batch_size: int = 64, *, limit: int | None = None, off: bool = False
+    ) -> dict[str, Any]:
         """Return the task's full metrics on labelled data.
+
+        Args:
+            limit: so many rows only, evenly spread.
+            off: with the adapter switched off: what the base alone can do.
 
         Raises:
             DataError: the data is not of the form the adapter was trained on.
+            ConfigError: `off` for a task whose head was trained with the adapter.
         """
-        return self.task.evaluate(self.model, self.tokenizer, self.task.load_one(data), batch_size)
+        if limit is not None and limit < 1:
+            raise ConfigError(f"limit={limit}: expected 1 or more.")
+        if off and task_head(self.model):
+            raise ConfigError(f"off: the base alone has no head for {self.task.name}, so it cannot be measured.")
+        rows = self.task.load_one(data)
+        if limit is not None and limit < len(rows):
+            rows = rows.select([i * len(rows) // limit for i in range(limit)])
+        with self.model.disable_adapter() if off else nullcontext():
+            return self.task.evaluate(self.model, self.tokenizer, rows, batch_size)
 
     def predict(self, texts: Iterable[str], batch_size: int = 32) -> Iterator[dict[str, Any]]:
         """Yield the task's prediction for each text, in order."""
         return self.task.predict(self.model, self.tokenizer, texts, batch_size)
 
 
-def open_adapter(setup: str | Path, base: str | None = None, skip_layers: str | list[int] | None = None) -> Opened:
+def open_adapter(
+    setup: str | Path,
+    base: str | None = None,
+    skip_layers: str | list[int] | None = None,
+    task_options: dict[str, Any] | None = None,
+) -> Opened:
     """Load an adapter, or a composition of several, with the base and the task it names.
 
     Args:
@@ -48,6 +70,7 @@ def open_adapter(setup: str | Path, base: str | None = None, skip_layers: str | 
             with a task gives the task and the head.
         base: where the base is, if not where it was when the adapter was trained.
         skip_layers: layers that run without adapters (AdapterDrop): first:n, last:n, or a list.
+        task_options: settings of the task that differ from those it was trained with.
 
     Raises:
         StoreError: damaged, made for another base, or stored without a task.
@@ -61,7 +84,7 @@ def open_adapter(setup: str | Path, base: str | None = None, skip_layers: str | 
         raise StoreError(f"{setup} was stored without a task, so nothing is known of its data and labels.")
     described = stored[with_task[-1]]
     assert described is not None
-    task = _task(described)
+    task = _task(described, task_options or {})
     base = base or described.config.base_model_name_or_path
     if not base:
         raise StoreError(f"{with_task[-1]} does not say which base it was trained on. Name it with --base.")
@@ -94,11 +117,12 @@ def _read(path: str) -> store.Stored | None:
     return None if adapterhub.is_adapterhub(store._folder(path)) else store.read(path)
 
 
-def _task(stored: store.Stored) -> Task:
+def _task(stored: store.Stored, options: dict[str, Any]) -> Task:
     described = stored.adaptation.task or {}
     if described["name"] not in TASKS:
         raise StoreError(f"{stored.path}: this version has no task {described['name']!r}.")
-    return TASKS[described["name"]].from_state(described["state"])
+    check_options(described["name"], options)
+    return TASKS[described["name"]].from_state({**described["state"], **options})
 
 
 def _names(stored: dict[str, store.Stored | None]) -> dict[str, str | None]:

@@ -13,6 +13,8 @@ from typing import Any
 
 from interleaf.errors import StoreError
 
+COMPARISON = "compare.json"  # what `interleaf compare` writes and a report reads
+
 
 @contextlib.contextmanager
 def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:

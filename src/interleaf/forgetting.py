@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import TrainerCallback
 
-from interleaf.errors import ConfigError
+from interleaf.errors import ConfigError, TrainingError
 from interleaf.tasks import TASKS, Task
 from interleaf.tasks.generation import Generation
 from interleaf.tasks.rows import TEXT_COLUMNS, find_column, read_rows
@@ -20,20 +21,58 @@ WINDOW, ROWS = 256, 400
 
 @dataclass(frozen=True)
 class Memory:
-    """One measure of what a model knew before: its name, whether more is better, and how it is taken."""
+    """One measure of what a model knew before: its name, whether more is better, how it is taken, and what it was."""
 
     name: str
     higher_is_better: bool
     measure: Callable[[Any], float]
+    before: float
 
-    def lost(self, before: float, after: float) -> float:
+    def lost(self, now: float) -> float:
         """Return the share that was lost; below nought, something was gained."""
-        change = before - after if self.higher_is_better else after - before
-        return change / abs(before)
+        change = self.before - now if self.higher_is_better else now - self.before
+        return change / abs(self.before)
+
+    def told(self, model: Any, adapted: bool) -> dict[str, Any]:
+        """Return the measure before, now and, of an adapted model, with the adapter off; and the share lost."""
+        on, off = self.measure(model), None
+        if adapted:
+            with model.disable_adapter():
+                off = self.measure(model)
+        return {"measure": self.name, "before": self.before, "on": on, "off": off, "lost": self.lost(on)}
+
+
+class ForgetBudget(TrainerCallback):
+    """Stops training when more was forgotten than is allowed; weights that forgot more are never the best.
+
+    Args:
+        memory: what may be forgotten.
+        budget: the share of it that may be lost.
+        metric: what the Trainer chooses the best epoch by; `loss` is better when lower.
+    """
+
+    def __init__(self, memory: Memory, budget: float, metric: str) -> None:
+        self.memory, self.budget, self.metric = memory, budget, metric
+        self.lost: list[float] = []
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with torch.random.fork_rng(devices=[]):  # loading rows draws a number, and training goes on as if it had not
+            self.lost.append(self.memory.lost(self.memory.measure(kwargs["model"])))
+        if self.lost[-1] > self.budget:
+            control.should_training_stop = True
+            # what the Trainer compares next, with the best so far
+            kwargs["metrics"][f"eval_{self.metric}"] = math.inf if self.metric == "loss" else -math.inf
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.lost and state.best_model_checkpoint is None:
+            raise TrainingError(
+                f"forget_budget={self.budget:g}: {self.lost[0]:.1%} was lost already when first measured "
+                f"({self.memory.name}). Nothing was saved. Try a lower learning_rate, fewer layers, or fewer rows."
+            )
 
 
 def memory_of(model: Any, task: Task, tokenizer: Any, ref: str, seed: int = 0) -> Memory:
-    """Choose the measure for a model, and take from the untouched model what it needs.
+    """Choose the measure for a model that is still untouched, and take it.
 
     A decoder: perplexity on texts. An encoder-decoder: the loss on other pairs. A classifier: the accuracy of an
     earlier task's linear probe, fitted to the untouched trunk's features.
@@ -44,19 +83,24 @@ def memory_of(model: Any, task: Task, tokenizer: Any, ref: str, seed: int = 0) -
     Raises:
         DataError: the data has not that form.
     """
+    name, higher_is_better, measure = _measure(model, task, tokenizer, ref, seed)
+    return Memory(name, higher_is_better, measure, measure(model))
+
+
+def _measure(model: Any, task: Task, tokenizer: Any, ref: str, seed: int) -> tuple[str, bool, Callable[[Any], float]]:
     if not isinstance(task, Generation):
-        return _probe(model, tokenizer, ref, seed)
+        return "accuracy of an earlier task's probe", True, _probe(model, tokenizer, ref, seed)
     if task.encoder_decoder:
         other = TASKS[task.name](**{**task.state(), "text": None, "label": None, "group": None, "dev_groups": []})
         rows = other.load_one(ref)
         rows = rows.select(range(min(ROWS, len(rows))))
-        return Memory("loss on other text", False, lambda m: other.loss(m, tokenizer, rows, 32))
+        return "loss on other text", False, lambda m: other.loss(m, tokenizer, rows, 32)
     data = read_rows(ref)
     texts = data[find_column(data, None, TEXT_COLUMNS, "text", [])]
-    return Memory("perplexity on general text", False, lambda m: perplexity(m, tokenizer, texts))
+    return "perplexity on general text", False, lambda m: perplexity(m, tokenizer, texts)
 
 
-def perplexity(model: Any, tokenizer: Any, texts: list[str], windows: int = 64) -> float:
+def perplexity(model: Any, tokenizer: Any, texts: list[str], windows: int = 32) -> float:
     """Return the perplexity of a causal model over windows of 256 tokens, evenly taken from the texts."""
     ids = tokenizer("\n\n".join(texts), add_special_tokens=False)["input_ids"]
     count = len(ids) // WINDOW
@@ -74,7 +118,7 @@ def perplexity(model: Any, tokenizer: Any, texts: list[str], windows: int = 64) 
     return math.exp(total / len(chosen))
 
 
-def _probe(model: Any, tokenizer: Any, ref: str, seed: int) -> Memory:
+def _probe(model: Any, tokenizer: Any, ref: str, seed: int) -> Callable[[Any], float]:
     from sklearn.linear_model import LogisticRegression
 
     earlier = TASKS["classification"](max_length=64)
@@ -82,11 +126,7 @@ def _probe(model: Any, tokenizer: Any, ref: str, seed: int) -> Memory:
     held = splits.dev.select(range(min(ROWS * 2, len(splits.dev))))
     known = LogisticRegression(max_iter=2000, C=10.0)
     known.fit(features(model, earlier, tokenizer, splits.train), splits.train["labels"])
-    return Memory(
-        "accuracy of an earlier task's probe",
-        True,
-        lambda m: float(known.score(features(m, earlier, tokenizer, held), held["labels"])),
-    )
+    return lambda m: float(known.score(features(m, earlier, tokenizer, held), held["labels"]))
 
 
 def features(model: Any, task: Any, tokenizer: Any, rows: Any) -> np.ndarray:

@@ -12,13 +12,13 @@ import numpy as np
 from interleaf.errors import DataError, TrainingError
 
 
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Return the mean of values and the half-width of its 95% confidence interval; NaN for one value."""
+def interval(values: Sequence[float]) -> dict[str, float | None]:
+    """Return the mean of values and the half-width of its 95% confidence interval (Student's t); None for one value."""
     from scipy import stats
 
     mean = sum(values) / len(values)
     if len(values) < 2:
-        return {"mean": mean, "half_width": math.nan}
+        return {"mean": mean, "half_width": None}
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
     half = float(stats.t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
     return {"mean": mean, "half_width": half}

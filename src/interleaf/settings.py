@@ -61,6 +61,10 @@ class TrainSettings:
     """Loggers of the Trainer to follow the run with: tensorboard, trackio. Runs of `compare` do not use them."""
     examples: int = 8
     """Held-out rows stored, with the answers to them, beside the adapter; 0 for none."""
+    earlier: str | None = None
+    """What may be forgotten, measured before and after: an earlier task's labelled texts, other pairs, general text."""
+    forget_budget: float | None = None
+    """Share of it that may be lost: training stops there, and keeps the best epoch that lost no more."""
     compare: dict[str, Any] = field(default_factory=dict)
     """What `interleaf compare` does besides; see its help."""
     overwrite: bool = False
@@ -74,6 +78,10 @@ class TrainSettings:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected more than {low}.")
         if self.examples < 0:
             raise ConfigError(f"examples={self.examples}: expected 0 or more.")
+        if self.forget_budget is not None and (self.forget_budget < 0 or self.earlier is None):
+            raise ConfigError(
+                f"forget_budget={self.forget_budget}: expected 0 or more, and `earlier` data to measure on."
+            )
         if not 0 < self.dev_fraction < 1:
             raise ConfigError(f"dev_fraction={self.dev_fraction}: expected between 0 and 1.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import shutil
@@ -18,12 +17,13 @@ import interleaf.adapters  # noqa: F401  (registers the kinds)
 from interleaf.adapter import AdapterConfig, as_config
 from interleaf.errors import ConfigError, StoreError, TrainingError
 from interleaf.files import disk_trouble, refuse_existing
+from interleaf.forgetting import ForgetBudget, Memory, memory_of
 from interleaf.model import AdaptedModel, AdapterSummary, adapt
 from interleaf.record import command, curves, environment, side_by_side
 from interleaf.settings import TrainSettings
 from interleaf.sites import Site
 from interleaf.store import Adaptation
-from interleaf.tasks import TASKS
+from interleaf.tasks import TASKS, check_options
 from interleaf.tasks.base import Splits, Task
 from interleaf.tasks.rows import shortest_first
 
@@ -111,14 +111,18 @@ class Run:
         """Train, keep the best epoch, save the adapter.
 
         Raises:
-            TrainingError: the loss became NaN or infinite; nothing was saved.
+            TrainingError: the loss became NaN or infinite, or too much was forgotten; nothing was saved.
         """
         start = time.monotonic()
         scratch = Path(self.settings.out + CHECKPOINTS)
         base = self.base_metrics()
+        memory = self._memory()
+        if memory is not None and self.settings.forget_budget is not None:
+            callbacks = (*callbacks, ForgetBudget(memory, self.settings.forget_budget, self.task.best_metric))
         trainer = fit(self.model, self.task, self.tokenizer, self.splits, self.settings, scratch, callbacks)
         metrics = self.task.evaluate(self.model, self.tokenizer, self.splits.dev, 2 * self.settings.batch_size)
         metrics |= {"base": base} if base else {}
+        metrics |= {"forgetting": memory.told(self.model, adapted=True)} if memory else {}
         self.model.peft_config[self.settings.name].base_model_name_or_path = self.settings.base
         path = self.model.save_adapter(
             self.settings.out,
@@ -132,6 +136,10 @@ class Run:
         shutil.rmtree(scratch, ignore_errors=True)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return Result(path, metrics, trained, time.monotonic() - start, trainer.state.log_history)
+
+    def _memory(self) -> Memory | None:
+        ref = self.settings.earlier
+        return memory_of(self.model, self.task, self.tokenizer, ref) if ref else None
 
     def _adaptation(self, metrics: dict[str, Any], seconds: float, history: list[dict[str, Any]]) -> Adaptation:
         return Adaptation(
@@ -196,13 +204,8 @@ def make_task(settings: TrainSettings) -> Task:
     Raises:
         ConfigError: an unknown task, or a setting that the task does not have.
     """
-    if settings.task not in TASKS:
-        raise ConfigError(f"task={settings.task!r}: expected one of {', '.join(TASKS)}.")
-    cls = TASKS[settings.task]
-    known = inspect.signature(cls).parameters
-    if unknown := sorted(settings.task_options.keys() - known.keys()):
-        raise ConfigError(f"task_options: {settings.task} has no {unknown[0]!r}. It has: {', '.join(known)}.")
-    made: Task = cls(**settings.task_arguments())
+    check_options(settings.task, settings.task_options)
+    made: Task = TASKS[settings.task](**settings.task_arguments())
     return made
 
 

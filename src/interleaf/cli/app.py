@@ -87,3 +87,20 @@ def layers(text: str | None) -> str | list[int] | None:
         return [int(number) for number in text.strip("[]").split(",")]
     except ValueError:
         raise ConfigError(f"layers {text!r}: expected first:n, last:n, or numbers such as 0,1.") from None
+
+
+def options(pairs: list[str] | None) -> dict[str, Any]:
+    """Read settings as people write them: key=value, the value as in YAML.
+
+    Raises:
+        ConfigError: no key or no equals sign.
+    """
+    import yaml
+
+    found = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"{pair}: expected key=value.")
+        found[key] = yaml.safe_load(value)
+    return found

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from interleaf.cli.app import app, print_json, quiet, table
-from interleaf.files import size
 from interleaf.settings import read_settings
+
+if TYPE_CHECKING:
+    from interleaf.report.blocks import Table
 
 
 @app.command(epilog="Example: interleaf compare configs/classification.yaml --out out/compare")
@@ -27,7 +29,8 @@ def compare(
     from rich.console import Console
 
     from interleaf.compare import compare as run
-    from interleaf.files import new_folder, refuse_existing
+    from interleaf.files import COMPARISON, new_folder, refuse_existing
+    from interleaf.report import tables
 
     quiet()
     if out is not None:
@@ -35,42 +38,16 @@ def compare(
     found = run(settings, Console(stderr=True).print)
     if out is not None:
         with new_folder(out, overwrite) as folder:
-            (folder / "compare.json").write_text(json_module.dumps(found, indent=2) + "\n", "utf-8")
+            (folder / COMPARISON).write_text(json_module.dumps(found, indent=2, allow_nan=False) + "\n", "utf-8")
     if json:
         print_json(found)
         return
-    for title, columns, rows in tables(found):
-        table(title, columns, rows)
-
-
-def tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Return the tables of a comparison: quality, cost, forgetting."""
     arms = found["arms"]
-    names = list(next(iter(arms.values()))["scores"])
-    quality = [[name, *[_interval(arm["scores"][name]) for arm in arms.values()]] for name in names]
-    made = [("Quality on held-out data, mean and 95% interval", ["", *arms], quality)]
-    costs = {
-        "trained parameters": ("trained_parameters", "{:,.0f}".format),
-        "bytes stored": ("stored_bytes", size),
-        "seconds": ("seconds", "{:.0f}".format),
-        "seconds to the best dev score": ("seconds_to_best", "{:.0f}".format),
-        "peak memory": ("peak_memory_bytes", size),
-        "GFLOP a step": ("flops_per_step", lambda v: f"{v / 1e9:.1f}"),
-    }
-    cost = [[what, *[show(arm["costs"][key]) for arm in arms.values()]] for what, (key, show) in costs.items()]
-    made.append(("Cost", ["", *arms], cost))
-    told = {name: arm["forgetting"] for name, arm in arms.items() if arm["forgetting"]}
-    if told:
-        measure = next(iter(told.values()))["measure"]
-        lines = [[key, *[_interval(one[key]) for one in told.values()]] for key in ("before", "on", "lost")]
-        off = [
-            "off minus before",
-            *["" if v["off_minus_before"] is None else str(v["off_minus_before"]) for v in told.values()],
-        ]
-        made.append((f"Forgetting: {measure}", ["", *told], [*lines, off]))
-    return made
+    table("Quality on held-out data, mean and 95% interval", *_printed(tables.quality(arms)))
+    table("Cost", *_printed(tables.cost(arms)))
+    if (forgot := tables.forgetting(arms)) is not None:
+        table("Forgetting", *_printed(forgot))
 
 
-def _interval(value: dict[str, float]) -> str:
-    half = value["half_width"]
-    return f"{value['mean']:.4f}" if half != half else f"{value['mean']:.4f} ± {half:.4f}"
+def _printed(made: Table) -> tuple[list[str], list[list[str]]]:
+    return made.columns, made.rows

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from interleaf.cli.app import app, layers, print_json, quiet, table
+from interleaf.cli.app import app, layers, options, print_json, quiet, table
 
 
 @app.command(epilog="Example: interleaf evaluate out/movies bundled:tweets --json")
@@ -17,6 +17,11 @@ def evaluate(
     skip_layers: Annotated[
         str | None, typer.Option(help="Layers to run without adapters: first:2, last:2, 0,1.")
     ] = None,
+    off: Annotated[bool, typer.Option("--off", help="Switch the adapter off: measure the base alone.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Measure on so many rows only, evenly spread.")] = None,
+    task_set: Annotated[
+        list[str] | None, typer.Option(help="Task setting as key=value, for example num_beams=4 or samples=10.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 64,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -24,13 +29,18 @@ def evaluate(
     from interleaf.evaluate import open_adapter
 
     quiet()
-    metrics = open_adapter(adapter, base, layers(skip_layers)).evaluate(data, batch_size)
+    opened = open_adapter(adapter, base, layers(skip_layers), options(task_set))
+    metrics = opened.evaluate(data, batch_size, limit=limit, off=off)
     if json:
         print_json(metrics)
         return
     from interleaf.metrics import headline
 
-    table(f"{adapter} on {data}", ["metric", "value"], [[k, f"{v:.4f}"] for k, v in headline(metrics).items()])
+    table(
+        f"{'the base of ' if off else ''}{adapter} on {data}",
+        ["metric", "value"],
+        [[k, f"{v:.4f}"] for k, v in headline(metrics).items()],
+    )
     if "per_class" in metrics:
         show_classes(metrics)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from interleaf.cli.app import app, print_json, quiet, table
+from interleaf.cli.app import app, options, print_json, quiet, table
 from interleaf.files import size
 from interleaf.settings import read_settings
 
@@ -40,6 +40,10 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only so many training rows.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of split, initialisation and order.")] = None,
+    earlier: Annotated[
+        str | None, typer.Option(help="What may be forgotten: labelled texts, other pairs, or general text.")
+    ] = None,
+    forget_budget: Annotated[float | None, typer.Option(help="Share of it that may be lost: 0.05 for 5%.")] = None,
     activation_checkpointing: Annotated[bool | None, typer.Option(help="Save memory, take longer.")] = None,
     report_to: Annotated[list[str] | None, typer.Option(help="Log to tensorboard or trackio too.")] = None,
     examples: Annotated[int | None, typer.Option(help="Held-out rows stored with their answers; 0 for none.")] = None,
@@ -52,8 +56,8 @@ def train(
     settings = read_settings(config, {**flags, "report_to": report_to or None})
     settings = dataclasses.replace(
         settings,
-        adapter_options={**settings.adapter_options, **_options(set or [])},
-        task_options={**settings.task_options, **_options(task_set or [])},
+        adapter_options={**settings.adapter_options, **options(set)},
+        task_options={**settings.task_options, **options(task_set)},
     )
     from interleaf.train import prepare
 
@@ -67,20 +71,6 @@ def train(
     from interleaf.cli.progress import RichProgress
 
     show_result(run.train(RichProgress()))
-
-
-def _options(pairs: list[str]) -> dict[str, Any]:
-    import yaml
-
-    from interleaf.errors import ConfigError
-
-    options = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"{pair}: expected key=value.")
-        options[key] = yaml.safe_load(value)
-    return options
 
 
 def show_plan(plan: Plan) -> None:
@@ -112,4 +102,7 @@ def show_result(result: Result) -> None:
     base = result.metrics.get("base")
     rows = [[k, f"{v:.4f}", *([f"{base[k]:.4f}"] if base else [])] for k, v in headline(result.metrics).items()]
     table(f"Held-out data, after {result.seconds:.0f} s", ["metric", "adapter", *(["base"] if base else [])], rows)
+    if (of := result.metrics.get("forgetting")) is not None:
+        said = [of["measure"], *(f"{of[k]:.4f}" for k in ("before", "on", "off")), f"{of['lost']:.2%}"]
+        table("Forgetting", ["", "before", "adapter on", "adapter off", "lost"], [said])
     print(f"saved {result.path}")

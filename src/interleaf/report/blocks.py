@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +72,15 @@ def number(value: Any) -> str:
     if isinstance(value, int) or value == 0 or 1000 <= abs(value) < 1e9:
         return f"{value:,.0f}"
     return f"{value:.4g}" if abs(value) >= 1 else f"{value:.4f}"
+
+
+def pair(value: dict[str, Any], show: Callable[[float], str] = number) -> str:
+    """Return a mean with the half-width of its interval, if it has one."""
+    mean, half = value["mean"], value["half_width"]
+    if mean is None:
+        return number(None)
+    alone = half is None or half <= 1e-9 * abs(mean)
+    return str(show(mean)) if alone else f"{show(mean)} ± {show(half)}"
 
 
 def duration(seconds: float) -> str:

@@ -6,11 +6,10 @@ import math
 from typing import Any
 
 from interleaf.errors import StoreError
-from interleaf.metrics import interval
-from interleaf.report import figures
-from interleaf.report.blocks import RunReport, Section, Table, number
-from interleaf.report.shared import again, facts, line, pair, settings
-from interleaf.report.words import COSTS, Cost, measure, told
+from interleaf.report import figures, tables
+from interleaf.report.blocks import RunReport, Section, number, pair
+from interleaf.report.shared import again, facts, line, settings
+from interleaf.report.words import COSTS, FORGETTING_READING, Cost, forgetting_text, measure, told
 
 ARMS = {
     "adapter": "the adapter, base frozen",
@@ -32,9 +31,9 @@ def compared(path: str, record: dict[str, Any]) -> RunReport:
     sections = [
         _about(record),
         _quality(arms),
-        _costs(arms, record["runs"]),
+        _costs(arms),
         _curves(record["runs"]),
-        _forgetting(arms, record["runs"]),
+        _forgetting(arms),
         again(record.get("command"), record.get("environment") or {}),
         *settings({"Settings of the runs": record["settings"]}),
     ]
@@ -43,8 +42,8 @@ def compared(path: str, record: dict[str, Any]) -> RunReport:
     overview = {
         "task": str(run.get("task", "–")),
         "base": str(run.get("base", "–")),
-        "trained parameters": number(lead["costs"]["trained_parameters"]),
-        "stored": COSTS["stored_bytes"].show(lead["costs"]["stored_bytes"]),
+        "trained parameters": pair(lead["costs"]["trained_parameters"]),
+        "stored": pair(lead["costs"]["stored_bytes"], COSTS["stored_bytes"].show),
         **{measure(k).name: pair(lead["scores"][k]) for k in _shown(arms)},
     }
     title = f"Comparison of {', '.join(arms)}"
@@ -60,6 +59,7 @@ def _about(record: dict[str, Any]) -> Section:
         "training data": run.get("train"),
         "held-out data": run.get("dev") or f"{run['dev_fraction']:.0%} of the training data",
         "rows trained on": number(run["limit"]) if run.get("limit") else "all",
+        "rows measured on": number(record["runs"][0]["metrics"].get("rows")),
         "passes over the data": number(run.get("epochs")),
         "seeds": ", ".join(map(str, seeds)),
         **{name: ARMS.get(name, "") for name in arms},
@@ -82,11 +82,11 @@ def _interval_reading(arms: dict[str, Any]) -> str:
 
 
 def _quality(arms: dict[str, Any]) -> Section:
-    names = told(next(iter(arms.values()))["scores"])
-    rows = [[measure(n).name, *[pair(arm["scores"][n]) for arm in arms.values()], measure(n).better] for n in names]
-    drawn = [_score_bars(arms, name) for name in _shown(arms)]
-    text = "Means over the seeds, measured on rows that were not trained on. After ±: half of the 95% interval."
-    return Section("Quality", text, [Table(["measure", *arms, "better when"], rows), *drawn])
+    text = (
+        "Means over the seeds, measured on rows that neither trained nor chose the best pass. "
+        "After ±: half of the 95% interval."
+    )
+    return Section("Quality", text, [tables.quality(arms), *[_score_bars(arms, name) for name in _shown(arms)]])
 
 
 def _score_bars(arms: dict[str, Any], name: str) -> Any:
@@ -103,28 +103,19 @@ def _half(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _costs(arms: dict[str, Any], runs: list[dict[str, Any]]) -> Section:
-    measured = {key: {arm: _cost(runs, arm, key) for arm in arms} for key in COSTS}
-    rows = [[COSTS[key].name, *[pair(v, COSTS[key].show) for v in of.values()]] for key, of in measured.items()]
+def _costs(arms: dict[str, Any]) -> Section:
     drawn = [
-        _cost_bars(COSTS[key], of, _interval_reading(arms))
-        for key, of in measured.items()
-        if all(v["mean"] == v["mean"] for v in of.values())
+        _cost_bars(of, {arm: given["costs"][key] for arm, given in arms.items()}, _interval_reading(arms))
+        for key, of in COSTS.items()
+        if all(given["costs"][key]["mean"] is not None for given in arms.values())
     ]
     text = "What each way takes: disk, time, memory, arithmetic. Less is better everywhere."
-    return Section("Cost", text, [Table(["", *arms], rows), *drawn])
+    return Section("Cost", text, [tables.cost(arms), *drawn])
 
 
-def _cost(runs: list[dict[str, Any]], arm: str, key: str) -> dict[str, float]:
-    """Return the mean of a cost with its interval; what never varies has none."""
-    values = [math.nan if run[key] is None else float(run[key]) for run in runs if run["arm"] == arm]
-    found = interval(values)
-    return {**found, "half_width": math.nan} if len(set(values)) == 1 else found
-
-
-def _cost_bars(cost: Cost, of: dict[str, dict[str, float]], reading: str) -> Any:
-    made = [figures.Bar(arm, v["mean"], v["half_width"], pair(v, cost.show)) for arm, v in of.items()]
-    varies = any(v["half_width"] == v["half_width"] for v in of.values())
+def _cost_bars(cost: Cost, of: dict[str, dict[str, Any]], reading: str) -> Any:
+    varies = any(v["half_width"] for v in of.values())
+    made = [figures.Bar(arm, v["mean"], _half(v["half_width"] or None), pair(v, cost.show)) for arm, v in of.items()]
     reading = f"Shorter is better. {reading}" if varies else "Shorter is better. It is the same with every seed."
     return figures.bars(cost.name[:1].upper() + cost.name[1:], made, reading, cost.show)
 
@@ -146,35 +137,13 @@ def _curves(runs: list[dict[str, Any]]) -> Section | None:
     return Section("Learning curves", "How each way got better, pass by pass.", list(drawn)) if drawn else None
 
 
-def _forgetting(arms: dict[str, Any], runs: list[dict[str, Any]]) -> Section | None:
-    known = {name: arm["forgetting"] for name, arm in arms.items() if arm.get("forgetting")}
-    if not known:
+def _forgetting(arms: dict[str, Any]) -> Section | None:
+    table = tables.forgetting(arms)
+    if table is None:
         return None
+    known = {name: arm["forgetting"] for name, arm in arms.items() if arm.get("forgetting")}
     what = next(iter(known.values()))["measure"]
-    groups = {name: _stages(name, of, runs) for name, of in known.items()}
-    rows = [[name, *_cells(of, groups[name])] for name, of in known.items()]
-    table = Table(["", "before", "after, switched on", "after, switched off", "share lost"], rows)
-    reading = "Grey is what the base could before. What stays as far as grey was not forgotten."
-    text = (
-        f"Learning something new can cost what was known before. Measured by: {what}. An adapter can be switched "
-        "off, and the base is as it was; every weight trained at once cannot. A negative share lost is a gain."
-    )
-    return Section("Forgetting", text, [table, figures.grouped(what[:1].upper() + what[1:], groups, reading)])
-
-
-def _stages(arm: str, of: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, float]:
-    off = [run["forgetting"]["off"] for run in runs if run["arm"] == arm and run.get("forgetting")]
-    off = [value for value in off if value is not None]
-    stages = {"before": of["before"]["mean"], "after, on": of["on"]["mean"]}
-    return {**stages, "after, off": sum(off) / len(off)} if off else stages
-
-
-def _cells(of: dict[str, Any], stages: dict[str, float]) -> list[str]:
-    lost = {k: v if k != "half_width" or v is None else 100 * v for k, v in of["lost"].items()}
-    share = pair({**lost, "mean": 100 * of["lost"]["mean"]}, lambda v: f"{v:.1f}%")
-    return [
-        pair(of["before"]),
-        pair(of["on"]),
-        number(stages["after, off"]) if "after, off" in stages else "cannot be",
-        share,
-    ]
+    stages = {"before": "before", "on": "after, on", "off": "after, off"}
+    groups = {name: {said: of[k]["mean"] for k, said in stages.items() if of[k]} for name, of in known.items()}
+    figure = figures.grouped(what.capitalize(), groups, FORGETTING_READING)
+    return Section("Forgetting", forgetting_text(what), [table, figure])

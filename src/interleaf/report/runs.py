@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from interleaf.errors import InterleafError, StoreError
-from interleaf.files import documents, read_json
+from interleaf.files import COMPARISON, documents, read_json
 from interleaf.report.blocks import RunReport
 from interleaf.report.compared import compared
 from interleaf.report.trained import trained
-
-COMPARISON = "compare.json"
 
 
 def read_run(path: str | Path) -> RunReport:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from interleaf.report.blocks import Code, Section, Table, number
+from interleaf.report.blocks import Code, Section, Table
 from interleaf.report.figures import Line
 
 
@@ -37,12 +37,3 @@ def line(name: str, history: list[dict[str, Any]], key: str) -> Line:
     """Take one line of a learning curve out of a log."""
     points = [(float(e["epoch"]), float(e[key])) for e in history if isinstance(e.get(key), int | float)]
     return Line(name, [x for x, _ in points], [y for _, y in points])
-
-
-def pair(value: dict[str, Any], show: Any = number) -> str:
-    """Return a mean with the half-width of its interval, if it has one."""
-    mean, half = value["mean"], value["half_width"]
-    if mean is None or mean != mean:
-        return number(None)
-    alone = half is None or half != half or half <= 1e-9 * abs(mean)
-    return str(show(mean)) if alone else f"{show(mean)} ± {show(half)}"

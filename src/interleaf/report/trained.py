@@ -9,7 +9,7 @@ from interleaf.files import size
 from interleaf.report import figures
 from interleaf.report.blocks import Example, Figure, RunReport, Section, Table, duration, number, short
 from interleaf.report.shared import again, facts, line, settings
-from interleaf.report.words import measure, told
+from interleaf.report.words import FORGETTING_COLUMNS, FORGETTING_READING, forgetting_text, measure, told
 
 HEADLINES = ("accuracy", "f1_macro", "loss", "perplexity", "bleu", "chrf", "ter")
 
@@ -23,6 +23,7 @@ def trained(path: str, config: dict[str, Any], record: dict[str, Any], size_byte
         _curves(record.get("history") or []),
         _confusion(metrics),
         _per_class(metrics),
+        _forgetting(metrics.get("forgetting")),
         _examples(record.get("examples") or []),
         again(record.get("command"), record.get("environment") or {}),
         *settings({"Settings of the run": record.get("run"), "Settings of the adapter": config}),
@@ -154,6 +155,15 @@ def _per_class(metrics: dict[str, Any]) -> Section | None:
         "that was found. F1: both in one."
     )
     return Section("Label by label", text, [Table(["label", "precision", "recall", "F1", "rows"], rows)])
+
+
+def _forgetting(of: dict[str, Any] | None) -> Section | None:
+    if of is None:
+        return None
+    stages = {"before": of["before"], "after, on": of["on"], "after, off": of["off"]}
+    table = Table(["", *FORGETTING_COLUMNS], [["adapter", *map(number, stages.values()), f"{of['lost']:.1%}"]])
+    figure = figures.grouped(of["measure"].capitalize(), {"adapter": stages}, FORGETTING_READING)
+    return Section("Forgetting", forgetting_text(of["measure"]), [table, figure])
 
 
 def _examples(examples: list[dict[str, Any]]) -> Section | None:

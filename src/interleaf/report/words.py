@@ -28,6 +28,8 @@ MEASURES = {
     "bleu": Word("BLEU", "higher", "0 to 100: how many word sequences agree with the reference"),
     "chrf": Word("chrF", "higher", "0 to 100: how many letter sequences agree with the reference"),
     "ter": Word("TER", "lower", "edits that make the answer the reference, per 100 words"),
+    "valid_syntax": Word("valid syntax", "higher", "share of answers that are a program Python can read"),
+    "pass@1": Word("pass@1", "higher", "share of problems that an answer solves: it passes their tests"),
     "exact_match": Word("exact match", "higher", "share of answers that are the reference, letter by letter"),
 }
 
@@ -58,3 +60,15 @@ COSTS = {
     "peak_memory_bytes": Cost("peak memory", size),
     "flops_per_step": Cost("GFLOP a step", lambda v: number(v / 1e9)),
 }
+
+
+FORGETTING_COLUMNS = ["before", "after, switched on", "after, switched off", "share lost"]
+FORGETTING_READING = "Grey is what the base could before. What stays as far as grey was not forgotten."
+
+
+def forgetting_text(measure: str) -> str:
+    """Say what forgetting is, and what it was measured by."""
+    return (
+        f"Learning something new can cost what was known before. Measured by: {measure}. An adapter can be switched "
+        "off, and the base is as it was; every weight trained at once cannot. A negative share lost is a gain."
+    )
