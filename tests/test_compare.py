@@ -180,9 +180,11 @@ def test_a_budget_wants_something_to_measure() -> None:
 
 
 def test_chat_streams_answers_and_switches_the_adapter(
-    translator: TrainSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    translator: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = prepare(translator)
+    base = save_base(tmp_path, "llama")
+    settings = TrainSettings(**{**translator.as_dict(), "base": base, "out": translator.out, "earlier": None})
+    made = prepare(settings)
     made.train()
     text = "the number 3"
     (learnt,) = made.task.predict(made.model, made.tokenizer, [text])
@@ -190,7 +192,7 @@ def test_chat_streams_answers_and_switches_the_adapter(
         (plain,) = made.task.predict(made.model, made.tokenizer, [text])
     assert learnt["answer"] != plain["answer"]
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{text}\n/off\n{text}\n/on\n\n{text}\n"))
-    assert run(monkeypatch, "chat", translator.base, translator.out, "--max-new-tokens", 5) == 0
+    assert run(monkeypatch, "chat", base, settings.out, "--max-new-tokens", 5) == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.strip() for line in said] == [learnt["answer"], plain["answer"], learnt["answer"]]
 

@@ -337,7 +337,7 @@ def test_the_baseline_is_a_classifier_that_always_says_the_same() -> None:
 
 def test_figures_say_what_they_show_in_words_too(runs: list[RunReport]) -> None:
     figures = [b for section in runs[2].sections for b in section.blocks if hasattr(b, "svg")]
-    assert len(figures) == 2 + 5 + 2 + 1, "scores, costs known of every arm, curves, forgetting"
+    assert len(figures) == 2 + 6 + 2 + 1, "scores, costs, curves, forgetting"
     for figure in figures:
         assert html.escape(figure.alt) in figure.svg
         assert "adapter" in figure.alt
