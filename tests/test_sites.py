@@ -233,3 +233,16 @@ def test_the_parallel_adapter_of_cross_attention_reads_the_decoder() -> None:
     with torch.no_grad():
         model(**inputs(model))
     assert seen == [(2, 5, 32)] * 2
+
+
+def test_a_module_that_is_never_called_is_no_place_for_an_adapter() -> None:
+    model, given = tiny_models.build("wavlm", head="beyond")
+    adapted = interleaf.adapt(model)
+    adapted.add_adapter("a", "houlsby")
+    with pytest.raises(SiteError, match=r"layers\.0\.attention\.out_proj is never called by .*layers\.0\.attention,"):
+        adapted(**given)
+    with adapted.disable_adapter():
+        adapted(**given)
+    adapted.delete_adapter("a")
+    adapted.add_adapter("a", "houlsby", positions=["ffn"])
+    adapted(**given)

@@ -194,6 +194,8 @@ class Running:
                 "torch.nn.DataParallel would run every copy with the first one's adapters. Start with "
                 "`torchrun --nproc-per-node N` instead, or show one device only (CUDA_VISIBLE_DEVICES=0)."
             )
+        for slot in self.slots:
+            slot.begin()
         names = kwargs.get("adapter_names")
         if not self.generating:
             self.rows = None

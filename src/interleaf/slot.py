@@ -43,6 +43,7 @@ class Slot(nn.Module, BaseTunerLayer):
         self.running = running
         self._active_adapter: list[str] = []
         self._read: Tensor | None = None
+        self._entered = False
         self._planned: Any = _NOTHING
         self._before_plan: Any = ""
         self._after_plan: Any = ""
@@ -164,7 +165,10 @@ class Slot(nn.Module, BaseTunerLayer):
         return self._run(plan, x, streams).flatten(-2)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._idle() or not (self._before_plan or self._reads or self._around):
+        if self._idle():
+            return None
+        self._entered = bool(self._after_plan)
+        if not (self._before_plan or self._reads or self._around):
             return None
         for adapter in self._around:
             args, kwargs = adapter.enter(module, args, kwargs)
@@ -185,6 +189,7 @@ class Slot(nn.Module, BaseTunerLayer):
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if self._idle():
             return None
+        self._entered = False
         for adapter in reversed(self._around):
             output = adapter.leave(module, output)
         if not self._after_plan:
@@ -199,12 +204,21 @@ class Slot(nn.Module, BaseTunerLayer):
             return y
         return with_first(output, y)
 
+    def begin(self) -> None:
+        """Forget a forward pass that was broken off."""
+        self._read, self._entered = None, False
+
     def settle(self) -> None:
-        """Check, at the end of a forward pass, that what was read was used.
+        """Check, at the end of a forward pass, that the adapters ran and that what was read was used.
 
         Raises:
-            SiteError: the site never wrote anything of the shape of what it read.
+            SiteError: the site was never called, or wrote nothing of the shape of what it read.
         """
+        if self._entered:
+            raise SiteError(
+                f"{self.site.write} is never called by {self.site.read}, which uses its weight in another way: "
+                "an adapter there would do nothing. Use other positions, or name modules with `target_modules`."
+            )
         if self._read is None:
             return
         shape, self._read = tuple(self._read.shape), None
