@@ -24,7 +24,7 @@ RANKS = [
     ["adapterhub"],
     ["store"],
     ["tasks"],
-    ["forgetting", "train", "evaluate"],
+    ["forgetting", "trunk_cache", "train", "evaluate"],
     ["compare", "demo", "report"],
     ["cli"],
 ]

@@ -147,7 +147,7 @@ def run_arm(settings: TrainSettings, asked: CompareSettings, arm: str, seed: int
         set_seed(seed)
         clock = Clock(run.task.best_metric)
         start = time.monotonic()
-        trainer = fit(run.model, run.task, run.tokenizer, splits, settings, scratch / "run", (clock,))
+        fitted = fit(run.model, run.task, run.tokenizer, splits, settings, scratch / "run", (clock,))
         seconds = time.monotonic() - start
         return ArmRun(
             arm=arm,
@@ -160,7 +160,7 @@ def run_arm(settings: TrainSettings, asked: CompareSettings, arm: str, seed: int
             peak_memory_bytes=peak_memory_bytes(),
             flops_per_step=flops,
             forgetting=memory.told(run.model, adapted=arm in ("adapter", "lora")) if memory else None,
-            history=curves(trainer.state.log_history),
+            history=curves(fitted.history),
         )
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

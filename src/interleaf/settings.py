@@ -57,6 +57,12 @@ class TrainSettings:
     """Seed of the split, the initialisation and the order of rows."""
     activation_checkpointing: bool = False
     """Compute activations twice to save memory."""
+    cache: str = "auto"
+    """Run the frozen layers below the lowest adapter once and store what they give: auto (where it can be), or off."""
+    cache_dtype: str | None = None
+    """Float type they are stored in, such as bfloat16; the base's own if not given."""
+    cache_gb: float = 8
+    """Disk that stored states of all runs may take."""
     report_to: list[str] = field(default_factory=list)
     """Loggers of the Trainer to follow the run with: tensorboard, trackio. Runs of `compare` do not use them."""
     examples: int = 8
@@ -78,6 +84,10 @@ class TrainSettings:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected more than {low}.")
         if self.examples < 0:
             raise ConfigError(f"examples={self.examples}: expected 0 or more.")
+        if self.cache not in ("auto", "off"):
+            raise ConfigError(f"cache={self.cache!r}: expected auto or off.")
+        if self.cache_dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(f"cache_dtype={self.cache_dtype!r}: expected float32, bfloat16 or float16.")
         if self.forget_budget is not None and (self.forget_budget < 0 or self.earlier is None):
             raise ConfigError(
                 f"forget_budget={self.forget_budget}: expected 0 or more, and `earlier` data to measure on."

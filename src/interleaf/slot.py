@@ -124,7 +124,9 @@ class Slot(nn.Module, BaseTunerLayer):
         self._after_plan = prune(node, lambda n: n in kinds and not kinds[n].before)
         self._reads = any(kinds[n].reads for n in leaves(self._after_plan))
 
-    def _idle(self) -> bool:
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs here now."""
         if self._disable_adapters:
             return True
         if self.running.current is not self._planned:
@@ -133,7 +135,7 @@ class Slot(nn.Module, BaseTunerLayer):
 
     def around(self) -> list[Around]:
         """Return what changes the call of the slot's module now, in the order it does."""
-        return [] if self._idle() else self._around
+        return [] if self.idle else self._around
 
     def forward(self, x: Tensor) -> Tensor:
         """Pass on what is given: where a slot is a child of an `nn.Sequential`, it is called in turn."""
@@ -165,7 +167,7 @@ class Slot(nn.Module, BaseTunerLayer):
         return self._run(plan, x, streams).flatten(-2)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._idle():
+        if self.idle:
             return None
         self._entered = bool(self._after_plan)
         if not (self._before_plan or self._reads or self._around):
@@ -187,7 +189,7 @@ class Slot(nn.Module, BaseTunerLayer):
         return (*args[:place], changed, *args[place + 1 :]), kwargs
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._idle():
+        if self.idle:
             return None
         self._entered = False
         for adapter in reversed(self._around):

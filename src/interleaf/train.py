@@ -26,6 +26,7 @@ from interleaf.store import Adaptation
 from interleaf.tasks import TASKS, check_options
 from interleaf.tasks.base import Splits, Task
 from interleaf.tasks.rows import shortest_first
+from interleaf.trunk_cache import NoCache, cut_of, trunk_cache
 
 CHECKPOINTS = ".checkpoints"
 LOGS = "runs"  # where the Trainer has TensorBoard's files
@@ -47,6 +48,7 @@ class Plan:
     head_parameters: int
     base_parameters: int
     memory_bytes: int
+    trunk_cache: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,16 @@ class Result:
     metrics: dict[str, Any]
     trained_parameters: int
     seconds: float
+    trunk_cache: str
     history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What the Trainer logged, and whether the layers below were cached."""
+
+    history: list[dict[str, Any]]
+    trunk_cache: str
 
 
 @dataclass
@@ -87,7 +98,17 @@ class Run:
             head_parameters=summary.head_parameters,
             base_parameters=summary.base_parameters,
             memory_bytes=self._memory_bytes(summary),
+            trunk_cache=self._trunk(),
         )
+
+    def _trunk(self) -> str:
+        """Say whether layers below the adapter can be run once."""
+        if self.settings.cache == "off":
+            return "off"
+        try:
+            return str(cut_of(self.model))
+        except NoCache as reason:
+            return f"not used: {reason}"
 
     def summary(self) -> AdapterSummary:
         """Describe the adapter that will be trained."""
@@ -119,7 +140,7 @@ class Run:
         memory = self._memory()
         if memory is not None and self.settings.forget_budget is not None:
             callbacks = (*callbacks, ForgetBudget(memory, self.settings.forget_budget, self.task.best_metric))
-        trainer = fit(self.model, self.task, self.tokenizer, self.splits, self.settings, scratch, callbacks)
+        fitted = fit(self.model, self.task, self.tokenizer, self.splits, self.settings, scratch, callbacks)
         metrics = self.task.evaluate(self.model, self.tokenizer, self.splits.dev, 2 * self.settings.batch_size)
         metrics |= {"base": base} if base else {}
         metrics |= {"forgetting": memory.told(self.model, adapted=True)} if memory else {}
@@ -127,7 +148,7 @@ class Run:
         path = self.model.save_adapter(
             self.settings.out,
             self.settings.name,
-            self._adaptation(metrics, time.monotonic() - start, trainer.state.log_history),
+            self._adaptation(metrics, time.monotonic() - start, fitted.history),
             tokenizer=self.tokenizer,
             overwrite=self.settings.overwrite,
         )
@@ -135,7 +156,7 @@ class Run:
             shutil.move(scratch / LOGS, path / LOGS)
         shutil.rmtree(scratch, ignore_errors=True)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return Result(path, metrics, trained, time.monotonic() - start, trainer.state.log_history)
+        return Result(path, metrics, trained, time.monotonic() - start, fitted.trunk_cache, fitted.history)
 
     def _memory(self) -> Memory | None:
         ref = self.settings.earlier
@@ -237,24 +258,29 @@ def fit(
     settings: TrainSettings,
     scratch: Path,
     callbacks: tuple[TrainerCallback, ...] = (),
-) -> Trainer:
+) -> Fitted:
     """Run the Trainer over whatever of `model` trains; its best epoch is loaded at the end."""
-    arguments = training_arguments(settings, scratch, task)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=task.encode(splits.train, tokenizer),
-        eval_dataset=shortest_first(task.encode(splits.dev, tokenizer)),
-        data_collator=task.collator(tokenizer),
-        compute_metrics=task.compute_metrics,
-        callbacks=[StopOnNaN(), *callbacks],
-    )
-    from transformers.trainer_callback import PrinterCallback
+    train, dev = task.encode(splits.train, tokenizer), shortest_first(task.encode(splits.dev, tokenizer))
+    with trunk_cache(model, train, dev, task.collator(tokenizer), settings) as rows:
+        trainer = Trainer(
+            model=model,
+            args=training_arguments(settings, scratch, task, rows.keep_columns),
+            train_dataset=rows.train,
+            eval_dataset=rows.dev,
+            data_collator=rows.collate,
+            compute_metrics=task.compute_metrics,
+            callbacks=[StopOnNaN(), *callbacks],
+        )
+        from transformers.trainer_callback import PrinterCallback
 
-    trainer.remove_callback(PrinterCallback)
-    last = last_whole_checkpoint(scratch) if settings.resume else None
+        trainer.remove_callback(PrinterCallback)
+        _train(trainer, scratch, settings.resume)
+        return Fitted(trainer.state.log_history, rows.cached)
+
+
+def _train(trainer: Trainer, scratch: Path, resume: bool) -> None:
     try:
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(scratch) if resume else None)
     except TrainingError:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -266,7 +292,6 @@ def fit(
             then = "Nothing was saved." if kept is None else "Make room, then go on with --resume."
             raise StoreError(f"{scratch} cannot be written: {reason}. {then}") from error
         raise
-    return trainer
 
 
 def last_whole_checkpoint(scratch: Path) -> str | None:
@@ -284,7 +309,7 @@ def _is_json(path: Path) -> bool:
         return False
 
 
-def training_arguments(settings: TrainSettings, scratch: Path, task: Task) -> TrainingArguments:
+def training_arguments(settings: TrainSettings, scratch: Path, task: Task, keep_columns: bool) -> TrainingArguments:
     """Turn settings into the Trainer's arguments."""
     return TrainingArguments(
         output_dir=str(scratch),
@@ -310,6 +335,7 @@ def training_arguments(settings: TrainSettings, scratch: Path, task: Task) -> Tr
         seed=settings.seed,
         dataloader_pin_memory=torch.cuda.is_available(),
         activation_checkpointing=settings.activation_checkpointing,
+        remove_unused_columns=not keep_columns,
     )
 
 

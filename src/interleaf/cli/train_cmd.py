@@ -45,6 +45,9 @@ def train(
     ] = None,
     forget_budget: Annotated[float | None, typer.Option(help="Share of it that may be lost: 0.05 for 5%.")] = None,
     activation_checkpointing: Annotated[bool | None, typer.Option(help="Save memory, take longer.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Run the frozen layers below the lowest adapter once: auto or off.")
+    ] = None,
     report_to: Annotated[list[str] | None, typer.Option(help="Log to tensorboard or trackio too.")] = None,
     examples: Annotated[int | None, typer.Option(help="Held-out rows stored with their answers; 0 for none.")] = None,
     overwrite: Annotated[bool | None, typer.Option(help="Replace what is at OUT.")] = None,
@@ -86,6 +89,7 @@ def show_plan(plan: Plan) -> None:
         ["head", f"{plan.head_parameters:,} parameters"],
         ["trained", f"{trained:,} parameters, {share:.2f}% of the base"],
         ["steps", f"{plan.steps:,}"],
+        ["trunk cache", plan.trunk_cache],
         ["memory", f"about {size(plan.memory_bytes)} at the peak (an estimate)"],
     ]
     table("What will be trained", ["", ""], rows)
@@ -105,4 +109,5 @@ def show_result(result: Result) -> None:
     if (of := result.metrics.get("forgetting")) is not None:
         said = [of["measure"], *(f"{of[k]:.4f}" for k in ("before", "on", "off")), f"{of['lost']:.2%}"]
         table("Forgetting", ["", "before", "adapter on", "adapter off", "lost"], [said])
+    print(f"trunk cache: {result.trunk_cache}")
     print(f"saved {result.path}")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from interleaf.base import load_base
 from interleaf.errors import ConfigError, DataError
 from interleaf.tasks.base import Splits
-from interleaf.tasks.rows import find_column, no_gaps, read_pairs, shortest_first
+from interleaf.tasks.rows import find_column, no_gaps, padding, read_pairs, shortest_first
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -241,7 +241,7 @@ class Generation(ABC):
         """Return what pads encoded rows to the longest of a batch."""
         from transformers import DataCollatorForSeq2Seq
 
-        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, pad_to_multiple_of=padding(tokenizer))
 
     # ---- answers
 

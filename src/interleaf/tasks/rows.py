@@ -89,6 +89,14 @@ def _read_hub(ref: str) -> Dataset:
         raise DataError(f"{ref} is no file here and could not be read from the hub: {first_line(error)}") from error
 
 
+def padding(tokenizer: Any) -> int | None:
+    """Return what lengths are padded to a multiple of: 8, where the model's longest input allows it.
+
+    Vector units add up 8 numbers at a time. So a row's states are the same to the bit in any batch, on the CPU.
+    """
+    return 8 if tokenizer.model_max_length % 8 == 0 else None
+
+
 def shortest_first(rows: Dataset) -> Dataset:
     """Sort encoded rows by their number of tokens, so that a batch to evaluate holds little padding."""
     return rows.select(by_length(rows))

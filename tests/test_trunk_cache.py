@@ -1,0 +1,228 @@
+"""The frozen layers below the lowest adapter are run once; what is trained above is the same to the bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from interleaf import bundled, trunk_cache
+from interleaf.errors import ConfigError
+from interleaf.settings import TrainSettings
+from interleaf.train import Run, prepare
+from interleaf.trunk_cache import FILE, NoCache, States, cut_of
+from tests.test_generation import pairs, save_base, write
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for stored states; bundled models stay where they are."""
+    monkeypatch.setattr(trunk_cache, "_root", lambda: (tmp_path / "trunk").mkdir(exist_ok=True) or tmp_path / "trunk")
+    torch.set_num_threads(1)
+    return tmp_path / "trunk"
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """MiniLM without dropout."""
+    folder = tmp_path_factory.mktemp("minilm")
+    shutil.copytree(bundled.resolve("bundled:minilm"), folder, dirs_exist_ok=True)
+    without_dropout(folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return str(folder)
+
+
+def without_dropout(folder: Path, **rates: float) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | rates))
+
+
+@pytest.fixture
+def encoder(minilm: str, reviews: Path, tmp_path: Path) -> TrainSettings:
+    return TrainSettings(
+        base=minilm,
+        train=str(reviews),
+        out=str(tmp_path / "cached"),
+        adapter_options={"layers": "last:2", "dropout": 0.1},
+        limit=60,
+        epochs=2,
+        max_length=24,
+        batch_size=8,
+        examples=0,
+    )
+
+
+def generator(folder: Path, base: str, **options: Any) -> TrainSettings:
+    path = save_base(folder, base)
+    without_dropout(Path(path), dropout_rate=0.0)
+    return TrainSettings(
+        base=path,
+        train=write(folder / "rows.jsonl", pairs(24)),
+        out=str(folder / "generates"),
+        task="translation",
+        task_options={"max_new_tokens": 5},
+        adapter_options=options,
+        epochs=2,
+        batch_size=4,
+        examples=0,
+    )
+
+
+def trained(settings: TrainSettings) -> tuple[str, dict[str, torch.Tensor]]:
+    result = prepare(settings).train()
+    assert result.path is not None
+    return result.trunk_cache, load_file(result.path / "adapter_model.safetensors")
+
+
+def assert_same_as_uncached(settings: TrainSettings, said: str) -> None:
+    told, cached = trained(settings)
+    assert told.startswith(said), told
+    told, plain = trained(replace(settings, cache="off", out=settings.out + "-plain"))
+    assert told == "off"
+    assert cached.keys() == plain.keys()
+    for name in plain:
+        assert torch.equal(cached[name], plain[name]), name
+
+
+# ---- the same adapter
+
+
+def test_an_encoders_adapter_is_the_same_to_the_bit(encoder: TrainSettings) -> None:
+    assert_same_as_uncached(encoder, "the lowest 4 of 6 layers are run once and stored (")
+
+
+def test_a_decoders_adapter_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    assert_same_as_uncached(generator(tmp_path, "llama", layers="last:1"), "the lowest 1 of 2 layers")
+
+
+def test_a_decoders_adapter_behind_a_whole_encoder_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    targets = r"decoder\.block\.\d\.layer\.\d\..*\.(o|wo)"
+    assert_same_as_uncached(generator(tmp_path, "t5", target_modules=targets), "the lowest 2 of 2 layers")
+
+
+def test_gradient_checkpointing_changes_nothing(encoder: TrainSettings) -> None:
+    assert_same_as_uncached(replace(encoder, activation_checkpointing=True), "the lowest 4 of 6 layers")
+
+
+def test_half_of_the_bits_are_enough_if_asked_for(encoder: TrainSettings) -> None:
+    full, one = trained(encoder)
+    half, other = trained(replace(encoder, cache_dtype="bfloat16", out=encoder.out + "-half"))
+    size = float(full.partition("(")[2].split()[0])
+    assert float(half.partition("(")[2].split()[0]) == pytest.approx(size / 2, abs=1)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- run once
+
+
+def counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the rows that the first layer sees while a run trains."""
+    seen: list[int] = []
+    layer = run.model.get_submodule(cut_of(run.model).layers[0])
+    real = type(layer).forward
+    monkeypatch.setattr(
+        type(layer),
+        "forward",
+        lambda self, x, *a, **k: (self is layer and seen.append(len(x)), real(self, x, *a, **k))[1],
+    )
+    return seen
+
+
+def test_the_layers_below_see_each_row_once_and_none_in_the_next_run(
+    encoder: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prepare(encoder)
+    rows = len(first.splits.train) + len(first.splits.dev)
+    seen = counted(first, monkeypatch)
+    first.train()
+    checked, measured = 1 + 4, len(first.splits.dev)
+    assert sum(seen) == rows + checked + measured
+    second = prepare(replace(encoder, learning_rate=1e-4, seed=encoder.seed, out=encoder.out + "-2"))
+    seen = counted(second, monkeypatch)
+    second.train()
+    assert sum(seen) == checked + measured
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_length": 16}, {"seed": 1}, {"adapter_options": {"layers": "last:1"}}, {"cache_dtype": "bfloat16"}],
+    ids=["truncation", "rows", "lowest adapter", "float type"],
+)
+def test_what_the_states_depend_on_makes_new_ones(encoder: TrainSettings, change: dict[str, Any], cache: Path) -> None:
+    prepare(encoder).train()
+    prepare(replace(encoder, **change, out=encoder.out + "-2")).train()
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_another_base_makes_new_ones(encoder: TrainSettings, cache: Path) -> None:
+    prepare(encoder).train()
+    other = prepare(replace(encoder, out=encoder.out + "-2"))
+    with torch.no_grad():
+        other.model.get_submodule("bert.embeddings.LayerNorm").bias.add_(0.01)
+    other.train()
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_damaged_file_is_made_again(encoder: TrainSettings, cache: Path) -> None:
+    _, whole = trained(encoder)
+    (file,) = cache.glob(f"*/{FILE}")
+    for damaged in (file.read_bytes()[:-100], b"\0" * 100 + file.read_bytes()[100:]):
+        file.write_bytes(damaged)
+        _, again = trained(replace(encoder, out=encoder.out + "-2", overwrite=True))
+        assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_what_was_not_used_for_longest_makes_room(encoder: TrainSettings, cache: Path) -> None:
+    prepare(encoder).train()
+    size = next(cache.glob(f"*/{FILE}")).stat().st_size
+    prepare(replace(encoder, max_length=16, cache_gb=1.2 * size / 1e9, out=encoder.out + "-2")).train()
+    assert len(list(cache.iterdir())) == 1
+
+
+# ---- where it cannot be
+
+
+def test_the_reason_is_told_where_it_cannot_be(encoder: TrainSettings, tmp_path: Path) -> None:
+    every = replace(encoder, adapter_options={}, epochs=1)
+    assert prepare(every).plan().trunk_cache.startswith("not used: the first layer is trained or adapted")
+    told, _ = trained(every)
+    assert told.startswith("not used: the first layer is trained or adapted: choose the upper ones")
+    told, _ = trained(replace(encoder, cache_gb=1e-6, epochs=1, out=encoder.out + "-2"))
+    assert told == "not used: it takes 0.00 GB, and cache_gb=1e-06"
+    # T5's first layer makes the position biases of all others
+    told, _ = trained(generator(tmp_path, "t5", layers="last:1"))
+    assert "the layers above need more than" in told
+
+
+def test_adapters_at_the_embedding_leave_nothing_to_cache(encoder: TrainSettings) -> None:
+    run = prepare(encoder)
+    run.model.add_adapter("language", "nice")
+    run.model.set_adapter("stack(language, adapter)")
+    with pytest.raises(NoCache, match="the first layer is trained or adapted|outside the layers"):
+        cut_of(run.model)
+
+
+def test_the_model_is_as_it_was_afterwards(encoder: TrainSettings) -> None:
+    run = prepare(encoder)
+    hooks = len(run.model._forward_pre_hooks), len(run.model._forward_hooks)
+    run.train()
+    assert (len(run.model._forward_pre_hooks), len(run.model._forward_hooks)) == hooks
+    assert not [name for name, module in run.model.named_modules() if "forward" in vars(module)]
+
+
+def test_states_are_padded_as_their_mask_is(tmp_path: Path) -> None:
+    states = States(tmp_path, [2, 1], 3, torch.float32)
+    states.tokens.copy_(torch.arange(9.0).view(3, 3))
+    left = states.batch([1, 0], torch.tensor([[0, 1], [1, 1]]))
+    assert left.tolist() == [[[0, 0, 0], [6, 7, 8]], [[0, 1, 2], [3, 4, 5]]]
+
+
+def test_unknown_settings_are_refused() -> None:
+    for wrong in ({"cache": "on"}, {"cache_dtype": "int8"}):
+        with pytest.raises(ConfigError, match="expected"):
+            TrainSettings(base="b", train="t", out="o", **wrong)
