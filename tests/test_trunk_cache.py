@@ -203,7 +203,7 @@ def test_adapters_at_the_embedding_leave_nothing_to_cache(encoder: TrainSettings
     run = prepare(encoder)
     run.model.add_adapter("language", "nice")
     run.model.set_adapter("stack(language, adapter)")
-    with pytest.raises(NoCache, match="the first layer is trained or adapted|outside the layers"):
+    with pytest.raises(NoCache, match=r"the first layer is trained or adapted|outside the layers"):
         cut_of(run.model)
 
 
