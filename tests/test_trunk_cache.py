@@ -12,18 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from interleaf import bundled, trunk_cache
+from interleaf import bundled
 from interleaf.errors import ConfigError
 from interleaf.settings import TrainSettings
 from interleaf.train import Run, prepare
-from interleaf.trunk_cache import FILE, NoCache, States, cut_of
+from interleaf.trunk_cache import NoCache, cut_of, states
+from interleaf.trunk_cache.states import FILE, States
 from tests.test_generation import pairs, save_base, write
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for stored states; bundled models stay where they are."""
-    monkeypatch.setattr(trunk_cache, "_root", lambda: (tmp_path / "trunk").mkdir(exist_ok=True) or tmp_path / "trunk")
+    monkeypatch.setattr(states, "_root", lambda: (tmp_path / "trunk").mkdir(exist_ok=True) or tmp_path / "trunk")
     torch.set_num_threads(1)
     return tmp_path / "trunk"
 
@@ -216,9 +217,9 @@ def test_the_model_is_as_it_was_afterwards(encoder: TrainSettings) -> None:
 
 
 def test_states_are_padded_as_their_mask_is(tmp_path: Path) -> None:
-    states = States(tmp_path, [2, 1], 3, torch.float32)
-    states.tokens.copy_(torch.arange(9.0).view(3, 3))
-    left = states.batch([1, 0], torch.tensor([[0, 1], [1, 1]]))
+    made = States(tmp_path, [2, 1], 3, torch.float32)
+    made.tokens.copy_(torch.arange(9.0).view(3, 3))
+    left = made.batch([1, 0], torch.tensor([[0, 1], [1, 1]]))
     assert left.tolist() == [[[0, 0, 0], [6, 7, 8]], [[0, 1, 2], [3, 4, 5]]]
 
 

@@ -1,0 +1,87 @@
+"""Run the frozen layers below the lowest adapter once, keep what they give on disk, and train the layers above.
+
+Between epochs nothing changes below the lowest adapted layer. So its hidden states are stored, one row after the
+other, and the layers below pass them on instead of running. No model is known by name: what a layer returns is
+recorded, and the cached pass is compared with a whole one before it is used.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from interleaf.trunk_cache.cut import Cut, NoCache, cut_of
+from interleaf.trunk_cache.skip import STATES, Skip, check
+from interleaf.trunk_cache.states import ROW, stored_states
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from interleaf.settings import TrainSettings
+
+__all__ = ["Cut", "NoCache", "Rows", "cut_of", "trunk_cache"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a Trainer reads: rows to train on, rows held out, what makes a batch of them, and what was cached."""
+
+    train: Dataset
+    dev: Dataset
+    collate: Callable[[list[dict[str, Any]]], Any]
+    cached: str
+    keep_columns: bool = False
+
+
+@contextmanager
+def trunk_cache(model: Any, train: Dataset, dev: Dataset, collate: Any, settings: TrainSettings) -> Iterator[Rows]:
+    """Let the frozen layers below run once, for as long as the block lasts; where that cannot be, say why.
+
+    Dropout below the lowest adapter is off when its layers are cached.
+
+    Args:
+        train: encoded rows.
+        dev: encoded rows.
+        collate: makes a batch of encoded rows.
+    """
+    if settings.cache == "off":
+        yield Rows(train, dev, collate, "off")
+        return
+    skip = None
+    try:
+        cut = cut_of(model)
+        rows = _numbered(model, train, dev)
+        states = stored_states(model, cut, rows, collate, settings)
+        skip = Skip(model, cut)
+        check(model, skip, states, rows, collate)
+    except NoCache as reason:
+        if skip is not None:
+            skip.remove()
+        yield Rows(train, dev, collate, f"not used: {reason}")
+        return
+
+    def with_states(features: list[dict[str, Any]]) -> Any:
+        batch = collate([{k: v for k, v in one.items() if k != ROW} for one in features])
+        return {**batch, STATES: states.batch([one[ROW] for one in features], batch["attention_mask"])}
+
+    count = len(train)
+    try:
+        parts = rows.select(range(count)), rows.select(range(count, len(rows)))
+        yield Rows(*parts, with_states, f"{cut} ({states.size_bytes / 1e6:,.0f} MB)", keep_columns=True)
+    finally:
+        skip.remove()
+
+
+def _numbered(model: Any, train: Dataset, dev: Dataset) -> Dataset:
+    """Put all rows together, with the columns that the model takes and a number each."""
+    from datasets import concatenate_datasets
+
+    rows = concatenate_datasets([train, dev])
+    taken = inspect.signature(model.forward).parameters
+    rows = rows.select_columns([c for c in rows.column_names if c in taken or c == "labels"])
+    if not {"input_ids", "attention_mask"} <= set(rows.column_names):
+        raise NoCache("the model takes no input_ids with an attention_mask")
+    return rows.add_column(ROW, list(range(len(rows))))
