@@ -8,7 +8,7 @@ from typing import Any
 from interleaf.errors import StoreError
 from interleaf.report import figures, tables
 from interleaf.report.blocks import RunReport, Section, number, pair
-from interleaf.report.shared import again, facts, line, settings
+from interleaf.report.shared import again, facts, held_out, line, settings
 from interleaf.report.words import COSTS, FORGETTING_READING, Cost, forgetting_text, measure, told
 
 ARMS = {
@@ -57,7 +57,7 @@ def _about(record: dict[str, Any]) -> Section:
         "task": run.get("task"),
         "base": run.get("base"),
         "training data": run.get("train"),
-        "held-out data": run.get("dev") or f"{run['dev_fraction']:.0%} of the training data",
+        "held-out data": held_out(run),
         "rows trained on": number(run["limit"]) if run.get("limit") else "all",
         "rows measured on": number(record["runs"][0]["metrics"].get("rows")),
         "passes over the data": number(run.get("epochs")),

@@ -37,3 +37,12 @@ def line(name: str, history: list[dict[str, Any]], key: str) -> Line:
     """Take one line of a learning curve out of a log."""
     points = [(float(e["epoch"]), float(e[key])) for e in history if isinstance(e.get(key), int | float)]
     return Line(name, [x for x, _ in points], [y for _, y in points])
+
+
+def held_out(run: dict[str, Any]) -> str | None:
+    """Say which rows were held out."""
+    if not run:
+        return None
+    groups = (run.get("task_options") or {}).get("dev_groups")
+    share = f"{run['dev_fraction']:.0%} of the training data"
+    return run.get("dev") or (f"the groups {', '.join(groups)} of the training data" if groups else share)

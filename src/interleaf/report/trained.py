@@ -8,10 +8,21 @@ from typing import Any
 from interleaf.files import size
 from interleaf.report import figures
 from interleaf.report.blocks import Example, Figure, RunReport, Section, Table, duration, number, short
-from interleaf.report.shared import again, facts, line, settings
+from interleaf.report.shared import again, facts, held_out, line, settings
 from interleaf.report.words import FORGETTING_COLUMNS, FORGETTING_READING, forgetting_text, measure, told
 
-HEADLINES = ("accuracy", "f1_macro", "loss", "perplexity", "bleu", "chrf", "ter")
+HEADLINES = (
+    "accuracy",
+    "f1_macro",
+    "loss",
+    "perplexity",
+    "bleu",
+    "chrf",
+    "ter",
+    "exact_match",
+    "valid_syntax",
+    "pass@1",
+)
 
 
 def trained(path: str, config: dict[str, Any], record: dict[str, Any], size_bytes: int | None) -> RunReport:
@@ -55,7 +66,7 @@ def _about(config: dict[str, Any], record: dict[str, Any], size_bytes: int | Non
         "architecture": base.get("architecture"),
         "size of the base": f"{plan['base_parameters']:,} parameters" if plan else None,
         "training data": run.get("train"),
-        "held-out data": run.get("dev") or (f"{run['dev_fraction']:.0%} of the training data" if run else None),
+        "held-out data": held_out(run),
         "rows": f"{plan['train_rows']:,} to train on, {plan['dev_rows']:,} held out" if plan else None,
         "left out": ", ".join(f"{n:,} rows {why}" for why, n in (plan.get("dropped") or {}).items()),
         "labels": ", ".join(plan.get("labels") or ((record.get("task") or {}).get("state") or {}).get("labels") or []),
