@@ -31,7 +31,7 @@ STORED = ROOT / "benchmarks" / "results"
 OUT = ROOT / "out"
 
 COMPARISONS = {
-    "compare-movies": "interleaf compare configs/classification.yaml --limit 1500 --epochs 3",
+    "compare-movies": "interleaf compare configs/classification.yaml --limit 1000 --epochs 3",
     "compare-topics": "interleaf compare configs/topics.yaml",
     "compare-translation": "interleaf compare configs/translation-ui.yaml --limit 2000",
 }

@@ -122,8 +122,8 @@ def _probe(model: Any, tokenizer: Any, ref: str, seed: int) -> Callable[[Any], f
     from sklearn.linear_model import LogisticRegression
 
     earlier = TASKS["classification"](max_length=64)
-    splits = earlier.load(ref, dev_fraction=0.5, seed=seed, limit=ROWS * 2)
-    held = splits.dev.select(range(min(ROWS * 2, len(splits.dev))))
+    splits = earlier.load(ref, dev_fraction=0.5, seed=seed, limit=ROWS)
+    held = splits.dev.shuffle(seed=seed).select(range(min(ROWS, len(splits.dev))))
     known = LogisticRegression(max_iter=2000, C=10.0)
     known.fit(features(model, earlier, tokenizer, splits.train), splits.train["labels"])
     return lambda m: float(known.score(features(m, earlier, tokenizer, held), held["labels"]))
