@@ -29,11 +29,12 @@ from transformers.utils import logging
 
 from interleaf import adapt
 from interleaf.bundled import resolve
+from interleaf.fit import fit
 from interleaf.metrics import headline
 from interleaf.record import environment
 from interleaf.settings import TrainSettings
 from interleaf.tasks import TextClassification
-from interleaf.train import fit, prepare
+from interleaf.train import prepare
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "adapterdrop.md"

@@ -24,7 +24,7 @@ RANKS = [
     ["adapterhub"],
     ["store"],
     ["tasks"],
-    ["forgetting", "trunk_cache", "train", "evaluate"],
+    ["forgetting", "trunk_cache", "fit", "depth", "train", "evaluate"],
     ["compare", "demo", "report"],
     ["cli"],
 ]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from interleaf.train import last_whole_checkpoint
+from interleaf.fit import last_whole_checkpoint
 
 ROOT = Path(__file__).parent.parent
 

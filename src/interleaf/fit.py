@@ -1,0 +1,142 @@
+"""Run the stock Trainer over whatever of a model trains: its arguments, its checkpoints, what stops it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+import interleaf.adapters  # noqa: F401  (registers the kinds)
+from interleaf.adapter import as_config
+from interleaf.errors import StoreError, TrainingError
+from interleaf.files import disk_trouble
+from interleaf.model import AdaptedModel, adapt
+from interleaf.settings import TrainSettings
+from interleaf.tasks.base import Splits, Task
+from interleaf.tasks.rows import shortest_first
+from interleaf.trunk_cache import trunk_cache
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What the Trainer logged, and whether the layers below were cached."""
+
+    history: list[dict[str, Any]]
+    trunk_cache: str
+
+
+def adapted_model(task: Task, settings: TrainSettings) -> Any:
+    """Load a base and put the adapter in that is to be trained; head and adapter start from the run's seed."""
+    set_seed(settings.seed)
+    model: Any = adapt(task.model(settings.base))
+    model.add_adapter(settings.name, as_config(settings.adapter, **settings.adapter_options))
+    model.train_adapter(settings.name)
+    return model
+
+
+def fit(
+    model: AdaptedModel | Any,
+    task: Task,
+    tokenizer: Any,
+    splits: Splits,
+    settings: TrainSettings,
+    scratch: Path,
+    callbacks: tuple[TrainerCallback, ...] = (),
+) -> Fitted:
+    """Run the Trainer over whatever of `model` trains; its best epoch is loaded at the end."""
+    train, dev = task.encode(splits.train, tokenizer), shortest_first(task.encode(splits.dev, tokenizer))
+    with trunk_cache(model, train, dev, task.collator(tokenizer), settings) as rows:
+        trainer = Trainer(
+            model=model,
+            args=training_arguments(settings, scratch, task, rows.keep_columns),
+            train_dataset=rows.train,
+            eval_dataset=rows.dev,
+            data_collator=rows.collate,
+            compute_metrics=task.compute_metrics,
+            callbacks=[StopOnNaN(), *callbacks],
+        )
+        from transformers.trainer_callback import PrinterCallback
+
+        trainer.remove_callback(PrinterCallback)
+        _train(trainer, scratch, settings.resume)
+        return Fitted(trainer.state.log_history, rows.cached)
+
+
+def _train(trainer: Trainer, scratch: Path, resume: bool) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(scratch) if resume else None)
+    except TrainingError:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    except Exception as error:
+        if (reason := disk_trouble(error)) is not None:
+            kept = last_whole_checkpoint(scratch)
+            if kept is None:
+                shutil.rmtree(scratch, ignore_errors=True)
+            then = "Nothing was saved." if kept is None else "Make room, then go on with --resume."
+            raise StoreError(f"{scratch} cannot be written: {reason}. {then}") from error
+        raise
+
+
+def last_whole_checkpoint(scratch: Path) -> str | None:
+    """Return the last checkpoint that was written to its end; a killed run can leave half of one."""
+    found = sorted(scratch.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    # the Trainer writes its state last
+    whole = [path for path in found if _is_json(path / "trainer_state.json")]
+    return str(whole[-1]) if whole else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text("utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def training_arguments(settings: TrainSettings, scratch: Path, task: Task, keep_columns: bool) -> TrainingArguments:
+    """Turn settings into the Trainer's arguments."""
+    return TrainingArguments(
+        output_dir=str(scratch),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=2 * settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type="linear",
+        train_sampling_strategy="group_by_length",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=task.best_metric,
+        greater_is_better=task.best_metric != "loss",
+        prediction_loss_only=task.compute_metrics is None,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        report_to=settings.report_to,
+        disable_tqdm=True,
+        seed=settings.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        activation_checkpointing=settings.activation_checkpointing,
+        remove_unused_columns=not keep_columns,
+    )
+
+
+class StopOnNaN(TrainerCallback):
+    """Stops a run whose loss is no number any more, before such weights are written."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        for key in ("loss", "eval_loss"):
+            value = (logs or {}).get(key)
+            if value is not None and not math.isfinite(value):
+                raise TrainingError(
+                    f"the {key} became {value} at step {state.global_step}. Nothing was saved. "
+                    "Try a lower learning_rate, and look for odd rows in the data."
+                )
