@@ -50,8 +50,7 @@ METHOD = [
     "each in a process of its own. Half of the held-out rows choose the best pass, the other half is measured. "
     "Seconds hold the measuring after each pass; peak memory is the whole process's, data and libraries too; a step's "
     "FLOP are counted forward and backward by torch. *Stored* is what a task needs beside the base. Learning rates: "
-    "each config's own for adapter and LoRA, the config's `compare` section or 5e-5 for full fine-tuning, 1e-2 for the "
-    "head.",
+    "each config's own, or that of its `compare` section; by default 5e-5 for full fine-tuning and 1e-2 for the head.",
     "",
     "**Forgetting.** Of an encoder: the accuracy on an earlier task, by a linear probe fitted to the untouched "
     "trunk's features. Of an encoder-decoder: the loss on pairs of another domain. Of a decoder: perplexity on "
