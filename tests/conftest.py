@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from interleaf import bundled
+from interleaf.trunk_cache import states
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -16,6 +17,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def trunk(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own for stored hidden states; bundled models stay where they are."""
+    folder = tmp_path_factory.mktemp("trunk")
+    monkeypatch.setattr(states, "_root", lambda: folder)
+    return folder
 
 
 @pytest.fixture

@@ -16,17 +16,15 @@ from interleaf import bundled
 from interleaf.errors import ConfigError
 from interleaf.settings import TrainSettings
 from interleaf.train import Run, prepare
-from interleaf.trunk_cache import NoCache, cut_of, states
+from interleaf.trunk_cache import NoCache, cut_of
 from interleaf.trunk_cache.states import FILE, States
 from tests.test_generation import pairs, save_base, write
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for stored states; bundled models stay where they are."""
-    monkeypatch.setattr(states, "_root", lambda: (tmp_path / "trunk").mkdir(exist_ok=True) or tmp_path / "trunk")
+def _one_thread() -> None:
+    """Sums over several threads may round one way now and another way then."""
     torch.set_num_threads(1)
-    return tmp_path / "trunk"
 
 
 @pytest.fixture(scope="module")
@@ -154,35 +152,35 @@ def test_the_layers_below_see_each_row_once_and_none_in_the_next_run(
     [{"max_length": 16}, {"seed": 1}, {"adapter_options": {"layers": "last:1"}}, {"cache_dtype": "bfloat16"}],
     ids=["truncation", "rows", "lowest adapter", "float type"],
 )
-def test_what_the_states_depend_on_makes_new_ones(encoder: TrainSettings, change: dict[str, Any], cache: Path) -> None:
+def test_what_the_states_depend_on_makes_new_ones(encoder: TrainSettings, change: dict[str, Any], trunk: Path) -> None:
     prepare(encoder).train()
     prepare(replace(encoder, **change, out=encoder.out + "-2")).train()
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(trunk.iterdir())) == 2
 
 
-def test_another_base_makes_new_ones(encoder: TrainSettings, cache: Path) -> None:
+def test_another_base_makes_new_ones(encoder: TrainSettings, trunk: Path) -> None:
     prepare(encoder).train()
     other = prepare(replace(encoder, out=encoder.out + "-2"))
     with torch.no_grad():
         other.model.get_submodule("bert.embeddings.LayerNorm").bias.add_(0.01)
     other.train()
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(trunk.iterdir())) == 2
 
 
-def test_a_damaged_file_is_made_again(encoder: TrainSettings, cache: Path) -> None:
+def test_a_damaged_file_is_made_again(encoder: TrainSettings, trunk: Path) -> None:
     _, whole = trained(encoder)
-    (file,) = cache.glob(f"*/{FILE}")
+    (file,) = trunk.glob(f"*/{FILE}")
     for damaged in (file.read_bytes()[:-100], b"\0" * 100 + file.read_bytes()[100:]):
         file.write_bytes(damaged)
         _, again = trained(replace(encoder, out=encoder.out + "-2", overwrite=True))
         assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_what_was_not_used_for_longest_makes_room(encoder: TrainSettings, cache: Path) -> None:
+def test_what_was_not_used_for_longest_makes_room(encoder: TrainSettings, trunk: Path) -> None:
     prepare(encoder).train()
-    size = next(cache.glob(f"*/{FILE}")).stat().st_size
+    size = next(trunk.glob(f"*/{FILE}")).stat().st_size
     prepare(replace(encoder, max_length=16, cache_gb=1.2 * size / 1e9, out=encoder.out + "-2")).train()
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(trunk.iterdir())) == 1
 
 
 # ---- where it cannot be
