@@ -142,7 +142,9 @@ def comparison(name: str, found: dict[str, Any], figures: dict[str, str]) -> lis
     for section in made.sections:
         if section.title in ("What was compared", "Quality", "Cost", "Learning curves", "Forgetting"):
             lines += ["", *told(section, name, figures)]
-    return lines
+    exact = {arm: of["forgetting"]["off_minus_before"] for arm, of in found["arms"].items() if of["forgetting"]}
+    said = ", ".join(f"{arm} {value:g}" for arm, value in exact.items() if value is not None)
+    return [*lines, "", f"Switched off minus base, the largest difference of all seeds: {said}."]
 
 
 def told(section: Section, name: str, figures: dict[str, str]) -> list[str]:

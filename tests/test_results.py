@@ -1,0 +1,42 @@
+"""docs/results.md is what the benchmark makes of its stored figures, and what is claimed stands in them."""
+
+from __future__ import annotations
+
+import pytest
+from benchmarks import results
+
+STORED = results.load()
+
+
+def test_the_page_is_made_of_the_stored_figures() -> None:
+    text, figures = results.page(STORED)
+    assert results.PAGE.read_text("utf-8") == text
+    assert {path.name for path in results.FIGURES.iterdir()} == figures.keys()
+    for name in figures:
+        assert f"results/{name}" in text
+
+
+def test_every_part_was_run() -> None:
+    assert STORED.keys() == {*results.COMPARISONS, *results.TRAINED}
+
+
+@pytest.mark.parametrize("name", results.COMPARISONS)
+def test_what_is_switched_off_is_the_base(name: str) -> None:
+    for arm, of in STORED[name]["arms"].items():
+        told = of["forgetting"]
+        assert (told["off_minus_before"] == 0) if arm in ("adapter", "lora") else told["off"] is None
+
+
+@pytest.mark.parametrize("name", [name for name in results.TRAINED if name.startswith("translation")])
+def test_translation_is_better_with_the_adapter(name: str) -> None:
+    metrics = STORED[name]["metrics"]
+    for key in ("bleu", "chrf"):
+        assert metrics[key] > metrics["base"][key]
+    assert metrics["forgetting"]["off"] == metrics["forgetting"]["before"]
+
+
+def test_code_is_better_with_the_adapter() -> None:
+    metrics = STORED["code"]["metrics"]
+    assert metrics["loss"] < metrics["base"]["loss"]
+    assert metrics["valid_syntax"] > metrics["base"]["valid_syntax"]
+    assert STORED["code"]["other"]["on"]["problems"] == 164
