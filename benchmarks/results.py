@@ -48,7 +48,9 @@ DRAWN = ("Accuracy", "ChrF", "Stored", "Time to the best score", "Peak memory", 
 METHOD = [
     "**Comparisons.** Every way of training gets the same rows, splits, passes and batches, each with three seeds and "
     "each in a process of its own. Half of the held-out rows choose the best pass, the other half is measured. "
-    "Seconds hold the measuring after each pass; peak memory is the whole process's, data and libraries too; a step's "
+    "Seconds hold the measuring after each pass; training time also holds running the frozen layers once, where the "
+    "[trunk cache](trunk-cache.md) saves them later (of the head alone, here), and the time to the best score does not; peak "
+    "memory is the whole process's, data and libraries too; a step's "
     "FLOP are counted forward and backward by torch. *Stored* is what a task needs beside the base. Learning rates: "
     "each config's own, or that of its `compare` section; by default 5e-5 for full fine-tuning and 1e-2 for the head.",
     "",

@@ -7,7 +7,7 @@ from typing import Any
 
 from interleaf.errors import StoreError
 from interleaf.report import figures, tables
-from interleaf.report.blocks import RunReport, Section, number, pair
+from interleaf.report.blocks import RunReport, Section, number, pair, short
 from interleaf.report.shared import again, facts, held_out, line, settings
 from interleaf.report.words import COSTS, FORGETTING_READING, Cost, forgetting_text, measure, told
 
@@ -46,7 +46,7 @@ def compared(path: str, record: dict[str, Any]) -> RunReport:
         "stored": pair(lead["costs"]["stored_bytes"], COSTS["stored_bytes"].show),
         **{measure(k).name: pair(lead["scores"][k]) for k in _shown(arms)},
     }
-    title = f"Comparison of {', '.join(arms)}"
+    title = f"Comparison of {', '.join(arms)} on {short(str(run.get('train')), 40)}"
     return RunReport(title, path, overview, record, [s for s in sections if s is not None])
 
 
