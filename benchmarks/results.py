@@ -49,8 +49,8 @@ METHOD = [
     "**Comparisons.** Every way of training gets the same rows, splits, passes and batches, each with three seeds and "
     "each in a process of its own. Half of the held-out rows choose the best pass, the other half is measured. "
     "Seconds hold the measuring after each pass; training time also holds running the frozen layers once, where the "
-    "[trunk cache](trunk-cache.md) saves them later (of the head alone, here), and the time to the best score does not; peak "
-    "memory is the whole process's, data and libraries too; a step's "
+    "[trunk cache](trunk-cache.md) saves them later (of the head alone, here), and the time to the best score does "
+    "not; peak memory is the whole process's, data and libraries too; a step's "
     "FLOP are counted forward and backward by torch. *Stored* is what a task needs beside the base. Learning rates: "
     "each config's own, or that of its `compare` section; by default 5e-5 for full fine-tuning and 1e-2 for the head.",
     "",
@@ -121,8 +121,8 @@ def environment(stored: dict[str, dict[str, Any]]) -> list[str]:
 
 
 REMARKS = {
-    "compare-movies": "75 steps. The rate of full fine-tuning is the usual one for encoders, not tuned here; LoRA's "
-    "is that of PEFT's examples. With the adapter on, as with LoRA and after full fine-tuning, the trunk serves the "
+    "compare-movies": "75 steps. The rate of full fine-tuning is the usual one for encoders, not tuned here, nor was "
+    "LoRA's. With the adapter on, as with LoRA and after full fine-tuning, the trunk serves the "
     "earlier task less well; only what can be switched off gives it back whole.",
     "compare-topics": "48 steps, of 250 texts. So few steps want a higher rate than usual: with `learning_rate: 1e-3` "
     "in the config, the adapter came to an accuracy of 0.59 ± 0.16 only, while LoRA had 0.92 ± 0.03; 3e-3 was chosen "
