@@ -6,6 +6,7 @@ import io
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +145,20 @@ def test_a_comparison_is_run_printed_stored_and_reported(
         ({"arm": ["full"]}, "unknown setting 'arm'. Known: arms, learning_rates, lora, seeds"),
         ({"arms": ["prompt"]}, "there is no arm 'prompt'. There are: adapter, lora, full, head"),
         ({"seeds": []}, "name one arm and one seed at least"),
+        ({"seeds": 3}, "compare: 'int' object is not iterable"),
+        ({"learning_rates": {"full": "fast"}}, "could not convert string to float"),
     ],
 )
 def test_a_wrong_section_is_refused(translator: TrainSettings, section: dict[str, Any], said: str) -> None:
     settings = TrainSettings(**{**translator.as_dict(), "out": "out", "compare": section})
     with pytest.raises(ConfigError, match=said):
         compare_settings(settings)
+
+
+def test_what_would_not_be_a_fair_comparison_is_refused(translator: TrainSettings) -> None:
+    for unfair in ({"adapter_options": {"layers": "auto"}}, {"forget_budget": 0.1}):
+        with pytest.raises(ConfigError, match="compare: "):
+            compare_settings(replace(translator, **unfair))
 
 
 # ---- a budget for forgetting

@@ -19,7 +19,7 @@ from interleaf.errors import ConfigError
 from interleaf.settings import TrainSettings
 from interleaf.train import Run, prepare
 from interleaf.trunk_cache import NoCache, cut_of, trunk_cache
-from interleaf.trunk_cache.states import FILE, States
+from interleaf.trunk_cache.states import ABOUT, FILE, States
 from tests.test_generation import pairs, save_base, write
 from tests.zoo import TINY, build
 
@@ -167,7 +167,7 @@ def test_the_layers_below_see_each_row_once_and_none_in_the_next_run(
     rows = len(first.splits.train) + len(first.splits.dev)
     seen = counted(first, monkeypatch)
     first.train()
-    checked, measured = 1 + 4, len(first.splits.dev)
+    checked, measured = 1 + 2 * (1 + 3), len(first.splits.dev)
     assert sum(seen) == rows + checked + measured
     second = prepare(replace(encoder, learning_rate=1e-4, seed=encoder.seed, out=encoder.out + "-2"))
     seen = counted(second, monkeypatch)
@@ -202,6 +202,9 @@ def test_a_damaged_file_is_made_again(encoder: TrainSettings, trunk: Path) -> No
         file.write_bytes(damaged)
         _, again = trained(replace(encoder, out=encoder.out + "-2", overwrite=True))
         assert all(torch.equal(whole[name], again[name]) for name in whole)
+    file.with_name(ABOUT).write_text("")
+    _, again = trained(replace(encoder, out=encoder.out + "-2", overwrite=True))
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_what_was_not_used_for_longest_makes_room(encoder: TrainSettings, trunk: Path) -> None:
@@ -224,6 +227,29 @@ def test_the_reason_is_told_where_it_cannot_be(encoder: TrainSettings, tmp_path:
     # T5's first layer makes the position biases of all others
     told, _ = trained(generator(tmp_path, "t5", layers="last:1"))
     assert "the layers above need more than" in told
+
+
+def test_positions_that_count_padding_are_noticed(tmp_path: Path) -> None:
+    settings = generator(tmp_path, "gpt2", layers="last:1")
+    sides = [f"{i}" + "a" * (3 + 20 * (i % 2)) for i in range(24)]
+    write(tmp_path / "rows.jsonl", [{"source": side, "target": side} for side in sides])
+    config = tmp_path / "gpt2" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"padding_side": "left"}))
+    told, _ = trained(replace(settings, epochs=1))
+    assert told == "not used: a row's states depend on what stands beside it in a batch"
+
+
+def test_few_bits_hide_no_difference(tmp_path: Path) -> None:
+    told, _ = trained(replace(generator(tmp_path, "t5", layers="last:1"), epochs=1, cache_dtype="bfloat16"))
+    assert "the layers above need more than" in told
+
+
+def test_a_disk_that_refuses_is_no_reason_to_stop(encoder: TrainSettings, trunk: Path) -> None:
+    trunk.rmdir()
+    trunk.write_text("in the way")
+    run = prepare(replace(encoder, epochs=1))
+    assert run.train().trunk_cache.startswith("not used: ")
+    assert not [name for name, module in run.model.named_modules() if "forward" in vars(module)]
 
 
 def test_adapters_at_the_embedding_leave_nothing_to_cache(encoder: TrainSettings) -> None:

@@ -71,7 +71,19 @@ def compare_settings(settings: TrainSettings) -> CompareSettings:
     known = {f.name for f in dataclasses.fields(CompareSettings)}
     if unknown := sorted(settings.compare.keys() - known):
         raise ConfigError(f"compare: unknown setting {unknown[0]!r}. Known: {', '.join(sorted(known))}.")
-    return CompareSettings(**settings.compare)
+    if wants_probe(settings):
+        raise ConfigError("compare: `layers: auto` would choose by rows that are measured. Name the layers.")
+    if settings.forget_budget is not None:
+        raise ConfigError("compare: forget_budget would stop some ways of training and not others. Leave it out.")
+    asked = dict(settings.compare)
+    try:
+        if "learning_rates" in asked:
+            asked["learning_rates"] = {arm: float(rate) for arm, rate in asked["learning_rates"].items()}
+        if "seeds" in asked:
+            asked["seeds"] = [int(seed) for seed in asked["seeds"]]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"compare: {error}.") from error
+    return CompareSettings(**asked)
 
 
 @dataclass(frozen=True)
@@ -140,13 +152,12 @@ def run_arm(settings: TrainSettings, asked: CompareSettings, arm: str, seed: int
     rate = asked.learning_rates.get(arm, settings.learning_rate)
     scratch = Path(tempfile.mkdtemp())
     settings = dataclasses.replace(settings, seed=seed, learning_rate=rate, out=str(scratch / "out"), report_to=[])
-    if arm != "adapter" and wants_probe(settings):
-        settings = dataclasses.replace(settings, adapter_options={**settings.adapter_options, "layers": "all"})
     try:
         run = prepare(settings)
         attach(arm, run, asked)
         splits, held = halves(run.splits, seed)
-        memory = memory_of(run.model, run.task, run.tokenizer, settings.earlier) if settings.earlier else None
+        adapted, ref = arm in ("adapter", "lora"), settings.earlier
+        memory = memory_of(run.model, run.task, run.tokenizer, ref, adapted) if ref else None
         flops = step_flops(run)
         set_seed(seed)
         clock = Clock(run.task.best_metric)
@@ -163,7 +174,7 @@ def run_arm(settings: TrainSettings, asked: CompareSettings, arm: str, seed: int
             seconds_to_best=clock.best()[1],
             peak_memory_bytes=peak_memory_bytes(),
             flops_per_step=flops,
-            forgetting=memory.told(run.model, adapted=arm in ("adapter", "lora")) if memory else None,
+            forgetting=memory.told(run.model, adapted) if memory else None,
             history=curves(fitted.history),
         )
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from interleaf.files import disk_trouble
 from interleaf.model import AdaptedModel, adapt
 from interleaf.settings import TrainSettings
 from interleaf.tasks.base import Splits, Task
-from interleaf.tasks.rows import shortest_first
-from interleaf.trunk_cache import trunk_cache
+from interleaf.tasks.rows import padding, shortest_first
+from interleaf.trunk_cache import NoCache, cut_of, trunk_cache
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,11 @@ def fit(
 ) -> Fitted:
     """Run the Trainer over whatever of `model` trains; its best epoch is loaded at the end."""
     train, dev = task.encode(splits.train, tokenizer), shortest_first(task.encode(splits.dev, tokenizer))
-    with trunk_cache(model, train, dev, task.collator(tokenizer), settings) as rows:
+    collate = task.collator(tokenizer)
+    with suppress(NoCache):  # the same batches with the cache and without it
+        cut_of(model)
+        collate.pad_to_multiple_of = padding(tokenizer)
+    with trunk_cache(model, train, dev, collate, settings) as rows:
         trainer = Trainer(
             model=model,
             args=training_arguments(settings, scratch, task, rows.keep_columns),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,20 +72,22 @@ class ForgetBudget(TrainerCallback):
             )
 
 
-def memory_of(model: Any, task: Task, tokenizer: Any, ref: str, seed: int = 0) -> Memory:
-    """Choose the measure for a model that is still untouched, and take it.
+def memory_of(model: Any, task: Task, tokenizer: Any, ref: str, adapted: bool, seed: int = 0) -> Memory:
+    """Choose the measure for a model whose base is still untouched, and take it.
 
     A decoder: perplexity on texts. An encoder-decoder: the loss on other pairs. A classifier: the accuracy of an
     earlier task's linear probe, fitted to the untouched trunk's features.
 
     Args:
         ref: texts, pairs, or labelled texts.
+        adapted: whether it has an adapter, which is switched off for that.
 
     Raises:
         DataError: the data has not that form.
     """
-    name, higher_is_better, measure = _measure(model, task, tokenizer, ref, seed)
-    return Memory(name, higher_is_better, measure, measure(model))
+    with model.disable_adapter() if adapted else nullcontext():  # a fresh prefix is not the identity
+        name, higher_is_better, measure = _measure(model, task, tokenizer, ref, seed)
+        return Memory(name, higher_is_better, measure, measure(model))
 
 
 def _measure(model: Any, task: Task, tokenizer: Any, ref: str, seed: int) -> tuple[str, bool, Callable[[Any], float]]:
@@ -115,7 +118,7 @@ def perplexity(model: Any, tokenizer: Any, texts: list[str], windows: int = 32) 
             batch = batch.to(model.device)
             total += float(model(input_ids=batch, labels=batch).loss) * len(batch)
     model.train(training)
-    return math.exp(total / len(chosen))
+    return math.exp(min(total / len(chosen), 700))
 
 
 def _probe(model: Any, tokenizer: Any, ref: str, seed: int) -> Callable[[Any], float]:

@@ -154,7 +154,7 @@ class Run:
 
     def _memory(self) -> Memory | None:
         ref = self.settings.earlier
-        return memory_of(self.model, self.task, self.tokenizer, ref) if ref else None
+        return memory_of(self.model, self.task, self.tokenizer, ref, adapted=True) if ref else None
 
     def _adaptation(self, metrics: dict[str, Any], seconds: float, history: list[dict[str, Any]]) -> Adaptation:
         return Adaptation(

@@ -12,7 +12,7 @@ from interleaf.base import load_base
 from interleaf.errors import DataError
 from interleaf.metrics import classification_metrics, headline
 from interleaf.tasks.base import Splits
-from interleaf.tasks.rows import LABEL_COLUMNS, TEXT_COLUMNS, by_length, find_column, no_gaps, padding, read_rows
+from interleaf.tasks.rows import LABEL_COLUMNS, TEXT_COLUMNS, by_length, find_column, no_gaps, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -163,7 +163,7 @@ class TextClassification:
         """Return what pads encoded rows to the longest of a batch."""
         from transformers import DataCollatorWithPadding
 
-        return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=padding(tokenizer))
+        return DataCollatorWithPadding(tokenizer)
 
     def compute_metrics(self, prediction: Any) -> dict[str, float]:
         """Return the headline metrics, in the Trainer's form."""

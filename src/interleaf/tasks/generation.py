@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from interleaf.base import load_base
 from interleaf.errors import ConfigError, DataError
 from interleaf.tasks.base import Splits
-from interleaf.tasks.rows import find_column, no_gaps, padding, read_pairs, shortest_first
+from interleaf.tasks.rows import find_column, no_gaps, read_pairs, shortest_first
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,7 +63,7 @@ class Generation(ABC):
         if "{text}" not in self.prompt:
             raise ConfigError(f"prompt={self.prompt!r}: the template has no {{text}}.")
         for name in ("max_length", "max_new_tokens", "num_beams", "dev_rows"):
-            if getattr(self, name) < 1:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 1 or more.")
 
     # ---- data
@@ -241,7 +241,7 @@ class Generation(ABC):
         """Return what pads encoded rows to the longest of a batch."""
         from transformers import DataCollatorForSeq2Seq
 
-        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, pad_to_multiple_of=padding(tokenizer))
+        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
 
     # ---- answers
 

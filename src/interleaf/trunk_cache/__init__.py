@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from interleaf.errors import StoreError
 from interleaf.trunk_cache.cut import Cut, NoCache, cut_of
 from interleaf.trunk_cache.skip import STATES, Skip, check
 from interleaf.trunk_cache.states import ROW, stored_states
@@ -50,16 +51,20 @@ def trunk_cache(model: Any, train: Dataset, dev: Dataset, collate: Any, settings
     if settings.cache == "off":
         yield Rows(train, dev, collate, "off")
         return
-    skip = None
+    skip, reason = None, ""
     try:
         cut = cut_of(model)
         rows = _numbered(model, train, dev)
         states = stored_states(model, cut, rows, collate, settings)
         skip = Skip(model, cut)
-        check(model, skip, states, rows, collate)
-    except NoCache as reason:
+        check(model, cut, skip, states, rows, collate)
+    except BaseException as error:
         if skip is not None:
             skip.remove()
+        if not isinstance(error, NoCache | OSError | StoreError):
+            raise
+        reason = str(error)
+    if reason or skip is None:
         yield Rows(train, dev, collate, f"not used: {reason}")
         return
 

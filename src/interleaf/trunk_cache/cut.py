@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from interleaf.blocks import stacks_of
 from interleaf.slot import slots
 from interleaf.tuner import task_head
@@ -28,7 +26,7 @@ class NoCache(Exception):
     """Why the layers below cannot be run once."""
 
 
-def cut_of(model: nn.Module) -> Cut:
+def cut_of(model: Any) -> Cut:
     """Find the layers below everything that is trained or adapted.
 
     Raises:
@@ -52,6 +50,8 @@ def cut_of(model: nn.Module) -> Cut:
         raise NoCache("the first layer is trained or adapted: choose the upper ones, such as layers=last:2")
     if len({id(block) for _, block in blocks}) < len(blocks):
         raise NoCache("its layers share weights")
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise NoCache("the routers of all layers are part of the loss")
     return Cut([name for name, _ in blocks[:frozen]], len(blocks))
 
 

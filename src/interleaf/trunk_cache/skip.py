@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from interleaf.trunk_cache.cut import Cut, NoCache
-from interleaf.trunk_cache.states import States, evaluated, plain_row
+from interleaf.trunk_cache.states import States, evaluated, hidden_states, plain_row
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +33,7 @@ class Skip:
             model.register_forward_pre_hook(self._take, with_kwargs=True),
             model.register_forward_hook(self._drop, always_call=True),
         ]
+        self.own = [vars(layer).get("forward") for layer in self.layers]  # of what moves weights about
         for layer in self.layers:
             layer.forward = self._forward(layer, layer.forward)
 
@@ -66,8 +67,10 @@ class Skip:
         """Let the layers run again."""
         for hook in self.hooks:
             hook.remove()
-        for layer in self.layers:
+        for layer, own in zip(self.layers, self.own, strict=True):
             del layer.forward
+            if own is not None:
+                layer.forward = own
 
 
 def _first(output: Any) -> Tensor:
@@ -83,27 +86,36 @@ def _in_place_of(like: Any, states: Tensor) -> Any:
     return type(like)((states, *rest)) if type(like) in (tuple, list) else (states, *rest)
 
 
-def check(model: Any, skip: Skip, states: States, rows: Dataset, collate: Any) -> None:
-    """Compare a pass with stored states and a whole one.
+def check(model: Any, cut: Cut, skip: Skip, states: States, rows: Dataset, collate: Any) -> None:
+    """Compare stored states with fresh ones, with little padding and with much, and a cached pass with a whole one.
 
     Raises:
         NoCache: they differ, or the layers above need more than the states.
     """
-    numbers = [i * len(rows) // 4 for i in range(4)] if len(rows) >= 4 else [0]
-    batch = collate([plain_row(rows, i) for i in numbers])
-    whole = evaluated(model, batch)
-    skip.forget_outputs()
-    given = {**batch, STATES: states.batch(numbers, batch["attention_mask"])}
-    try:
-        cached = evaluated(model, given)
-    except Exception as error:
-        raise NoCache(f"the layers above need more than hidden states ({type(error).__name__}: {error})") from error
-    lossy = states.tokens.element_size() < skip.dtype(skip.layers[-1]).itemsize
-    tolerance = 0.05 if lossy else 1e-4
-    real = batch["attention_mask"].bool()
-    for name in ("logits", "loss"):
-        one, other = getattr(whole, name).float().cpu(), getattr(cached, name).float().cpu()
-        if one.shape[:2] == real.shape:
-            one, other = one[real], other[real]  # what stands at padding is nobody's
-        if not torch.allclose(one, other, rtol=tolerance, atol=tolerance * float(one.abs().max())):
-            raise NoCache("the layers above need more than the hidden states of those below")
+    order = sorted(range(len(rows)), key=lambda i: states.starts[i + 1] - states.starts[i])
+    for numbers in ([order[0]], [order[0], order[len(order) // 2], order[-1]]):
+        batch = collate([plain_row(rows, i) for i in numbers])
+        real = batch["attention_mask"].bool()
+        whole, hidden = evaluated(model, batch), hidden_states(model, cut, batch).cpu()
+        skip.forget_outputs()
+        stored = states.batch(numbers, batch["attention_mask"])
+        rounding = 32 * max(torch.finfo(stored.dtype).eps, torch.finfo(hidden.dtype).eps)
+        if not _near(hidden[real], stored[real], max(1e-4, rounding)):
+            raise NoCache("a row's states depend on what stands beside it in a batch")
+        try:
+            cached = evaluated(model, {**batch, STATES: hidden * real.unsqueeze(-1)})
+        except Exception as error:
+            raise NoCache(f"the layers above need more than hidden states ({type(error).__name__}: {error})") from error
+        for name in ("logits", "loss"):
+            one, other = getattr(whole, name).cpu(), getattr(cached, name).cpu()
+            if one.shape[:2] == real.shape:
+                one, other = one[real], other[real]  # what stands at padding is nobody's
+            if not _near(one, other, max(1e-4, 4 * torch.finfo(one.dtype).eps)):
+                raise NoCache("the layers above need more than the hidden states of those below")
+
+
+def _near(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    one, other = one.float(), other.float()
+    finite = torch.isfinite(one)
+    largest = float(one[finite].abs().max()) if bool(finite.any()) else 0.0
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance * largest)

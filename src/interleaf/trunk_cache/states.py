@@ -16,6 +16,7 @@ import transformers
 import xxhash
 from torch import Tensor, nn
 
+from interleaf.errors import StoreError
 from interleaf.files import new_folder
 from interleaf.trunk_cache.cut import Cut, NoCache
 from interleaf.tuner import task_head
@@ -75,38 +76,47 @@ def stored_states(model: Any, cut: Cut, rows: Dataset, collate: Any, settings: T
     Raises:
         NoCache: it is too large, or a layer does not give one state for each token.
     """
-    weight = next(model.get_submodule(cut.layers[-1]).parameters())
-    dtype = getattr(torch, settings.cache_dtype) if settings.cache_dtype else weight.dtype
+    first = hidden_states(model, cut, collate([plain_row(rows, 0)]))
+    dtype = getattr(torch, settings.cache_dtype) if settings.cache_dtype else first.dtype
     lengths = [len(ids) for ids in rows["input_ids"]]
-    width = int(_hidden_states(model, cut, collate([plain_row(rows, 0)])).shape[-1])
+    width = int(first.shape[-1])
     needed = sum(lengths) * width * dtype.itemsize
     allowed = int(settings.cache_gb * 1e9)
     if needed > allowed:
         raise NoCache(f"it takes {needed / 1e9:.2f} GB, and cache_gb={settings.cache_gb:g}")
     root = _root()
-    folder = root / _key(model, cut, rows, dtype)
+    ends = sorted(range(len(rows)), key=lengths.__getitem__)
+    padded = collate([plain_row(rows, i) for i in (ends[0], ends[-1])])["attention_mask"]
+    folder = root / _key(model, cut, rows, dtype, padded)
     if (kept := _kept(folder, lengths, width, dtype)) is not None:
         return kept
     _make_room(root, allowed - needed)
     if needed > shutil.disk_usage(root).free:
         raise NoCache(f"it takes {needed / 1e9:.2f} GB, and the disk has less")
-    with new_folder(folder, overwrite=True) as draft:
-        states = States(draft, lengths, width, dtype)
-        _fill(model, cut, rows, collate, states)
-        (draft / ABOUT).write_text(json.dumps({"rows": len(rows), "hash": states.hash()}), "utf-8")
-    return States(folder, lengths, width, dtype)
+    try:
+        with new_folder(folder, overwrite=True) as draft:
+            states = States(draft, lengths, width, dtype)
+            _fill(model, cut, rows, collate, states)
+            (draft / ABOUT).write_text(json.dumps({"rows": len(rows), "hash": states.hash()}), "utf-8")
+    except StoreError:
+        if (kept := _kept(folder, lengths, width, dtype)) is not None:
+            return kept  # another process was first
+        raise
+    return states  # the mapping outlives the folder's new name
 
 
 def _kept(folder: Path, lengths: Sequence[int], width: int, dtype: torch.dtype) -> States | None:
     """Read what was stored, if all of it is there, as it was written."""
     size = sum(lengths) * width * dtype.itemsize
-    if not (folder / ABOUT).exists() or (folder / FILE).stat().st_size != size:
-        return None
-    states = States(folder, lengths, width, dtype)
-    if json.loads((folder / ABOUT).read_text("utf-8"))["hash"] != states.hash():
-        return None
-    os.utime(folder)
-    return states
+    try:
+        if (folder / FILE).stat().st_size != size:
+            return None
+        states = States(folder, lengths, width, dtype)
+        whole = json.loads((folder / ABOUT).read_text("utf-8"))["hash"] == states.hash()
+        os.utime(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # damaged, or another run is deleting it
+    return states if whole else None
 
 
 def _root() -> Path:
@@ -123,8 +133,8 @@ def _make_room(root: Path, allowed: int) -> None:
         shutil.rmtree(kept.pop(0), ignore_errors=True)
 
 
-def _key(model: Any, cut: Cut, rows: Dataset, dtype: torch.dtype) -> str:
-    """Name what the states depend on: frozen weights, the cut, the rows' tokens, and what rounds."""
+def _key(model: Any, cut: Cut, rows: Dataset, dtype: torch.dtype, padded: Tensor) -> str:
+    """Name what the states depend on: frozen weights, the cut, the rows' tokens, the side of padding, what rounds."""
     heads = tuple(f"{name}." for name in task_head(model))
     found = xxhash.xxh3_128()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -135,7 +145,7 @@ def _key(model: Any, cut: Cut, rows: Dataset, dtype: torch.dtype) -> str:
         if column not in ("labels", ROW):
             found.update(json.dumps([column, rows[column][:]]).encode())
     rounds = (torch.__version__, transformers.__version__, torch.get_num_threads(), str(model.device.type))
-    found.update(json.dumps([cut.layers, str(dtype), model.config.to_json_string(), *rounds]).encode())
+    found.update(json.dumps([cut.layers, str(dtype), padded.tolist(), model.config.to_json_string(), *rounds]).encode())
     return hashlib.sha256(found.digest()).hexdigest()[:32]
 
 
@@ -148,7 +158,7 @@ def _fill(model: Any, cut: Cut, rows: Dataset, collate: Any, states: States) -> 
     for start in track(starts, "running the frozen layers once", disable=not sys.stderr.isatty(), transient=True):
         numbers = order[start : start + BUILD_ROWS]
         batch = collate([plain_row(rows, i) for i in numbers])
-        hidden = _hidden_states(model, cut, batch)
+        hidden = hidden_states(model, cut, batch)
         mask = batch["attention_mask"].bool()
         if hidden.shape[:2] != mask.shape:
             raise NoCache(f"{cut.layers[-1]} gives {tuple(hidden.shape)}, not one state for each token")
@@ -165,7 +175,7 @@ class _Enough(Exception):
     """The last frozen layer has run."""
 
 
-def _hidden_states(model: Any, cut: Cut, batch: Any) -> Tensor:
+def hidden_states(model: Any, cut: Cut, batch: Any) -> Tensor:
     """Return what the last frozen layer gives, and run no layer above it."""
     found: list[Tensor] = []
 
