@@ -231,12 +231,10 @@ def test_the_reason_is_told_where_it_cannot_be(encoder: TrainSettings, tmp_path:
 
 def test_positions_that_count_padding_are_noticed(tmp_path: Path) -> None:
     settings = generator(tmp_path, "gpt2", layers="last:1")
-    sides = [f"{i}" + "a" * (3 + 20 * (i % 2)) for i in range(24)]
-    write(tmp_path / "rows.jsonl", [{"source": side, "target": side} for side in sides])
     config = tmp_path / "gpt2" / "tokenizer_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"padding_side": "left"}))
     told, _ = trained(replace(settings, epochs=1))
-    assert told == "not used: a row's states depend on what stands beside it in a batch"
+    assert told == "not used: rows are padded on the left, where positions may count the padding"
 
 
 def test_few_bits_hide_no_difference(tmp_path: Path) -> None:
