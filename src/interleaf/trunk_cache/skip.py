@@ -55,9 +55,7 @@ class Skip:
 
     def dtype(self, layer: nn.Module) -> torch.dtype:
         """The float type that a layer gives."""
-        like = self.like[id(layer)]
-        found: torch.dtype = (like if isinstance(like, Tensor) else like[0]).dtype
-        return found
+        return _first(self.like[id(layer)]).dtype
 
     def forget_outputs(self) -> None:
         """Keep of each layer's last output the form alone."""
