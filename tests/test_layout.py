@@ -25,6 +25,7 @@ RANKS = [
     ["store"],
     ["tasks"],
     ["forgetting", "trunk_cache", "fit", "depth", "train", "evaluate"],
+    ["cohort"],
     ["compare", "demo", "report"],
     ["cli"],
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import interleaf.adapters  # noqa: F401  (registers the kinds)
 from interleaf.adapter import as_config
@@ -64,13 +64,17 @@ def fit(
             eval_dataset=rows.dev,
             data_collator=rows.collate,
             compute_metrics=task.compute_metrics,
-            callbacks=[StopOnNaN(), *callbacks],
+            callbacks=[StopOnNaN(), *_patience(settings), *callbacks],
         )
         from transformers.trainer_callback import PrinterCallback
 
         trainer.remove_callback(PrinterCallback)
         _train(trainer, scratch, settings.resume)
         return Fitted(trainer.state.log_history, rows.cached)
+
+
+def _patience(settings: TrainSettings) -> list[TrainerCallback]:
+    return [] if settings.patience is None else [EarlyStoppingCallback(settings.patience)]
 
 
 def _train(trainer: Trainer, scratch: Path, resume: bool) -> None:

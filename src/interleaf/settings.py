@@ -49,6 +49,8 @@ class TrainSettings:
     """Peak learning rate."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
+    patience: int | None = None
+    """Passes without a better dev score after which a run stops."""
     warmup: float = 0.06
     """Share of the steps (or, from 1 on, their number) with a rising learning rate."""
     dev_fraction: float = 0.1
@@ -90,6 +92,8 @@ class TrainSettings:
             raise ConfigError(f"cache={self.cache!r}: expected auto or off.")
         if self.cache_dtype not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"cache_dtype={self.cache_dtype!r}: expected float32, bfloat16 or float16.")
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(f"patience={self.patience}: expected 1 or more.")
         if self.forget_budget is not None and (self.forget_budget < 0 or self.earlier is None):
             raise ConfigError(
                 f"forget_budget={self.forget_budget}: expected 0 or more, and `earlier` data to measure on."
@@ -121,7 +125,7 @@ def read_settings(path: str | Path | None, flags: Mapping[str, Any]) -> TrainSet
     needed = [n for n in needed if known[n].default_factory is dataclasses.MISSING and n not in values]
     if needed:
         raise ConfigError(f"setting {needed[0]!r} is missing{_where(path)}: {_doc(needed[0])}")
-    return TrainSettings(**{k: _typed(k, v, str(known[k].type)) for k, v in values.items()})
+    return TrainSettings(**{k: typed(k, v) for k, v in values.items()})
 
 
 def _read_yaml(path: str | Path | None) -> dict[str, Any]:
@@ -140,8 +144,13 @@ def _read_yaml(path: str | Path | None) -> dict[str, Any]:
     return values
 
 
-def _typed(name: str, value: Any, expected: str) -> Any:
-    """Check a value against its annotation; YAML reads 1e-3 as a string, so numbers may be text."""
+def typed(name: str, value: Any) -> Any:
+    """Check the value of a setting against its type; YAML reads 1e-3 as a string, so numbers may be text.
+
+    Raises:
+        ConfigError: a value of another type.
+    """
+    expected = next(str(f.type) for f in fields(TrainSettings) if f.name == name)
     if value is None and "None" in expected:
         return None
     kinds: dict[str, type] = {"str": str, "bool": bool, "dict": dict, "int": int, "list": list}

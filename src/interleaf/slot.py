@@ -51,8 +51,8 @@ class Slot(nn.Module, BaseTunerLayer):
         self._reads = False
         write, read = base.get_submodule(site.write), base.get_submodule(site.read)
         self._hooks = [
-            read.register_forward_pre_hook(self._before, with_kwargs=True),
-            write.register_forward_hook(self._after, prepend=site.map_width > 0),
+            read.register_forward_pre_hook(self.enter, with_kwargs=True),
+            write.register_forward_hook(self.leave, prepend=site.map_width > 0),
         ]
         running.slots.append(self)
         if site.map_width:
@@ -64,7 +64,7 @@ class Slot(nn.Module, BaseTunerLayer):
         read = site.read if adapter.watches_input else self.site.read
         if read != self.site.read:
             self._hooks[0].remove()
-            self._hooks[0] = base.get_submodule(read).register_forward_pre_hook(self._before, with_kwargs=True)
+            self._hooks[0] = base.get_submodule(read).register_forward_pre_hook(self.enter, with_kwargs=True)
         self.site = replace(self.site, read=read, norm=self.site.norm or site.norm)
 
     def add(self, name: str, adapter: Adapter, like: Tensor | None) -> None:
@@ -166,7 +166,8 @@ class Slot(nn.Module, BaseTunerLayer):
         x = x.unflatten(-1, (-1, width)) if x is not None and x.shape == y.shape else x
         return self._run(plan, x, streams).flatten(-2)
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hook before the module that the site reads: return its changed arguments, or None."""
         if self.idle:
             return None
         self._entered = bool(self._after_plan)
@@ -188,7 +189,8 @@ class Slot(nn.Module, BaseTunerLayer):
             return args, {**kwargs, place: changed}
         return (*args[:place], changed, *args[place + 1 :]), kwargs
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Hook behind the module that the site writes: return its changed output, or None."""
         if self.idle:
             return None
         self._entered = False

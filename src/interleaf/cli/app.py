@@ -24,8 +24,8 @@ app = typer.Typer(
 )
 
 VERBS = (
-    *("train", "evaluate", "predict", "chat", "compare", "kinds", "sites", "list", "show", "verify", "push", "fetch"),
-    *("report", "demo"),
+    *("train", "cohort", "evaluate", "predict", "chat", "compare", "report", "demo", "kinds", "sites"),
+    *("list", "show", "verify", "push", "fetch"),
 )
 
 

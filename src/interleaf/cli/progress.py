@@ -9,23 +9,35 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 
-class RichProgress(TrainerCallback):
-    """Shows step, loss, the last dev metric and the time left; prints a line an epoch."""
+def training_bars(console: Console | None = None) -> Progress:
+    """Make the bars that runs show their training in, a line each."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]} {task.fields[metric]}"),
+        TimeRemainingColumn(),
+        console=console or Console(stderr=True),
+    )
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.loss, self.metric = "", ""
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]} {task.fields[metric]}"),
-            TimeRemainingColumn(),
-            console=console or Console(stderr=True),
-        )
+
+class RichProgress(TrainerCallback):
+    """Shows step, loss, the last dev metric and the time left of a run; prints a line an epoch.
+
+    Args:
+        bars: from `training_bars`, shown already if other runs have theirs in it too; its own if None.
+        name: what to call the run.
+    """
+
+    def __init__(self, bars: Progress | None = None, name: str = "training") -> None:
+        self.loss, self.metric, self.name = "", "", name
+        self.shown = bars is not None
+        self.progress = bars or training_bars()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.start()
-        self.bar = self.progress.add_task("train", total=state.max_steps, loss="", metric="")
+        if not self.shown:
+            self.progress.start()
+        self.bar = self.progress.add_task(self.name, total=state.max_steps, loss="", metric="")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.update(self.bar, completed=state.global_step, loss=self.loss, metric=self.metric)
@@ -39,7 +51,9 @@ class RichProgress(TrainerCallback):
         value = (metrics or {}).get(f"eval_{name.removeprefix('eval_')}")
         if value is not None:
             self.metric = f"dev {name} {value:.3f}"
-            self.progress.console.print(f"epoch {state.epoch:.0f}  {self.loss}  {self.metric}", highlight=False)
+            which = f"{self.name}  " if self.shown else ""
+            self.progress.console.print(f"{which}epoch {state.epoch:.0f}  {self.loss}  {self.metric}", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.stop()
+        if not self.shown:
+            self.progress.stop()

@@ -8,6 +8,7 @@ recorded, and the cached pass is compared with a whole one before it is used.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,10 +55,10 @@ def trunk_cache(model: Any, train: Dataset, dev: Dataset, collate: Any, settings
     skip, reason = None, ""
     try:
         cut = cut_of(model)
-        rows = _numbered(model, train, dev)
-        states = stored_states(model, cut, rows, collate, settings)
+        rows, distinct = _numbered(model, train, dev)
+        states = stored_states(model, cut, distinct, collate, settings)
         skip = Skip(model, cut)
-        check(model, cut, skip, states, rows, collate)
+        check(model, cut, skip, states, distinct, collate)
     except BaseException as error:
         if skip is not None:
             skip.remove()
@@ -80,8 +81,12 @@ def trunk_cache(model: Any, train: Dataset, dev: Dataset, collate: Any, settings
         skip.remove()
 
 
-def _numbered(model: Any, train: Dataset, dev: Dataset) -> Dataset:
-    """Put all rows together, with the columns that the model takes and a number each."""
+def _numbered(model: Any, train: Dataset, dev: Dataset) -> tuple[Dataset, Dataset]:
+    """Put all rows together, with the columns that the model takes and the number that their states have.
+
+    Returns:
+        the rows, and those that differ by number: other splits of the same rows number them alike.
+    """
     from datasets import concatenate_datasets
 
     rows = concatenate_datasets([train, dev])
@@ -89,4 +94,9 @@ def _numbered(model: Any, train: Dataset, dev: Dataset) -> Dataset:
     rows = rows.select_columns([c for c in rows.column_names if c in taken or c == "labels"])
     if not {"input_ids", "attention_mask"} <= set(rows.column_names):
         raise NoCache("the model takes no input_ids with an attention_mask")
-    return rows.add_column(ROW, list(range(len(rows))))
+    inputs = [c for c in rows.column_names if c != "labels"]
+    contents = [json.dumps(row) for row in zip(*(rows[c][:] for c in inputs), strict=True)]
+    first = {content: i for i, content in reversed(list(enumerate(contents)))}
+    numbers = {content: number for number, content in enumerate(sorted(first))}
+    rows = rows.add_column(ROW, [numbers[content] for content in contents])
+    return rows, rows.select([first[content] for content in numbers])
