@@ -374,14 +374,14 @@ def files(name: str, job: dict[str, Any]) -> None:
     for one in many:
         _add(name, model, one)
     inputs = {"input_ids": torch.ones(1, 1, dtype=torch.long)}
-    switch, forwards = [], {"switched": [], "stayed": []}
+    switch, first, later = [], [], []
     with torch.inference_mode():
         for number in range(job["rounds"]):
             one = many[number * 37 % len(many)]
             switch.append(_timed(lambda: _switch(name, model, one)))  # noqa: B023
-            forwards["switched"].append(_timed(lambda: model(**inputs)))
-            forwards["stayed"].append(_timed(lambda: model(**inputs)))
-    say(attach=attach, load=load, switch=switch, many=len(many), first_pass=forwards["switched"], pass_=forwards["stayed"])
+            first.append(_timed(lambda: model(**inputs)))
+            later.append(_timed(lambda: model(**inputs)))
+    say(attach=attach, load=load, switch=switch, many=len(many), first_pass=first, later_pass=later)
 
 
 def _timed(work: Callable[[], Any]) -> float:
@@ -415,5 +415,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-

@@ -18,6 +18,8 @@ from interleaf.cohort.joined import Call, run_joined
 from interleaf.errors import ConfigError, TrainingError
 from interleaf.settings import TrainSettings
 from interleaf.train import prepare
+from interleaf.trunk_cache import states
+from tests.test_generation import pairs, write
 from tests.test_trunk_cache import encoder, generator, minilm
 
 __all__ = ["encoder", "minilm"]
@@ -68,7 +70,15 @@ def test_members_of_an_encoders_cohort_are_what_they_are_alone(encoder: TrainSet
 
 def test_members_of_a_decoders_cohort_are_what_they_are_alone(tmp_path: Path, joined: list[int]) -> None:
     first = generator(tmp_path, "llama", layers="last:1")
-    assert_same_as_alone([first, replace(first, out=first.out + "-wide", adapter_options={"bottleneck_dim": 8})])
+    wide = {"layers": "last:1", "bottleneck_dim": 8}
+    other = {"learning_rate": 3e-3, "seed": 1, "dev": write(tmp_path / "dev.jsonl", pairs(6))}
+    assert_same_as_alone(
+        [
+            first,
+            replace(first, out=first.out + "-wide", adapter_options=wide),
+            replace(first, out=first.out + "-other", **other),
+        ]
+    )
     assert 2 in joined
 
 
@@ -89,13 +99,17 @@ def test_tasks_with_heads_of_their_own_share_a_base(encoder: TrainSettings, tmp_
 # ---- one trunk pass
 
 
-def test_the_frozen_layers_run_once_for_all(encoder: TrainSettings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_frozen_layers_run_once_for_all(
+    encoder: TrainSettings, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     filled: list[int] = []
-    from interleaf.trunk_cache import states
-
     real = states._fill
     monkeypatch.setattr(states, "_fill", lambda *a: (filled.append(1), real(*a))[1])
-    train_cohort(prepare_cohort([replace(encoder, out=f"{encoder.out}-{seed}", seed=seed) for seed in (0, 1, 2)]))
+    few = tmp_path / "few.csv"
+    few.write_text("\n".join(reviews.read_text("utf-8").splitlines()[:61]), "utf-8")
+    # other splits of the same rows
+    settings = [replace(encoder, train=str(few), limit=None, out=f"{encoder.out}-{s}", seed=s) for s in (0, 1, 2)]
+    train_cohort(prepare_cohort(settings))
     assert len(filled) <= 1
 
 
@@ -121,7 +135,7 @@ def test_one_that_fails_leaves_the_others_as_they_are(encoder: TrainSettings) ->
     with pytest.raises(TrainingError, match=r"1 of 3 runs failed, the others were saved\..*-1: it was told to fail"):
         train_cohort(prepare_cohort(settings), lambda number: (Fails(),) if number == 1 else ())
     assert [Path(one.out).exists() for one in settings] == [True, False, True]
-    assert threading.active_count() == 1
+    assert not any(thread.name.startswith("cohort") for thread in threading.enumerate())
 
 
 class Interrupts(TrainerCallback):
@@ -134,7 +148,7 @@ def test_an_interrupt_ends_all(encoder: TrainSettings) -> None:
     settings = [replace(encoder, out=f"{encoder.out}-{i}") for i in range(2)]
     with pytest.raises(KeyboardInterrupt):
         train_cohort(prepare_cohort(settings), lambda number: (Interrupts(),) if number == 1 else ())
-    assert threading.active_count() == 1
+    assert not any(thread.name.startswith("cohort") for thread in threading.enumerate())
 
 
 def test_patience_stops_one_and_not_the_other(encoder: TrainSettings) -> None:

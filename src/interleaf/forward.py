@@ -116,6 +116,8 @@ class Running:
         self.skip_layers: frozenset[int] = frozenset()
         self.generating = False
         self.slots: list[Slot] = []
+        self.version = 0
+        """Grows when a slot or a head comes or goes."""
         self.places: dict[str, Places] = {}
         self._hooks = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -129,6 +131,8 @@ class Running:
 
     def activate(self, node: Any, skip_layers: frozenset[int] = frozenset()) -> None:
         """Run a composition from now on, but in the layers to skip."""
+        if (node, skip_layers) == (self.node, self.skip_layers):
+            return
         self.node, self.skip_layers = node, skip_layers
         for slot in self.slots:
             slot.replan()
@@ -147,6 +151,7 @@ class Running:
         """Give each row the task head of its own adapter."""
         if not any(getattr(h, "__self__", None) is self for h in wrapper._forward_hooks.values()):
             wrapper.register_forward_hook(self._heads, with_kwargs=True)
+            self.version += 1
 
     def remove(self) -> None:
         """Take the hooks off the model."""
@@ -228,6 +233,12 @@ class Running:
         if wrapper.disable_adapters or not by_row(self.current):
             return None
         return _heads(self.current, wrapper, args, kwargs)
+
+
+def running_in(model: nn.Module) -> Running | None:
+    """Return what the slots of a model share, if there are any; found by its hook, not by looking through the model."""
+    hooks = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return next((one for one in hooks if isinstance(one, Running)), None)
 
 
 class _Watcher:

@@ -18,9 +18,9 @@ from torch import nn
 from interleaf.adapter import Adapter, AdapterConfig, as_config
 from interleaf.compose import Stack, head_of, leaves, parse, trained_names, width
 from interleaf.errors import AdapterError, BaseModelError
-from interleaf.forward import Running, repeat
+from interleaf.forward import Running, repeat, running_in
 from interleaf.sites import layer_numbers
-from interleaf.slot import slots
+from interleaf.slot import Slot
 from interleaf.tuner import AdapterTuner, remove_empty_slots, task_head, teach_trainer
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ class AdaptedModel:
 
     def _inject(self, config: PeftConfig, name: str) -> None:
         before = dict(self.adapters)
+        ran = leaves(self._running.node) if self._running is not None else []
         if not before:
             self.__dict__["_trained_before"] = [n for n, p in self._module.named_parameters() if p.requires_grad]
         self._hf_peft_config_loaded = True
@@ -134,6 +135,9 @@ class AdaptedModel:
             self.__dict__["peft_config"] = before
             self._forget_if_empty()
             raise
+        for one in ran:  # PEFT leaves those trainable that were active before
+            for part in self.parts(one).values():
+                part.requires_grad_(False)
 
     def train_adapter(self, setup: Any, within: Any = None) -> None:
         """Freeze everything but the named adapters and their task heads, and make them active.
@@ -183,8 +187,6 @@ class AdaptedModel:
             # one head for the whole batch; rows of several adapters get theirs in `forward.Running`
             head = head_of(node, layer.modules_to_save)
             layer.set_adapter([head] if head else [])
-            for one, weights in layer.modules_to_save.items():  # PEFT leaves the head of the adapter before trainable
-                weights.requires_grad_(one == head)
         if (running := self._running) is not None:
             running.activate(node, self._layers(skip_layers))
         return None
@@ -215,7 +217,7 @@ class AdaptedModel:
 
     @property
     def _running(self) -> Running | None:
-        return next((slot.running for slot in slots(self._module)), None)
+        return running_in(self._module)
 
     def generate(self, *args: Any, adapter_names: list[Any] | None = None, **kwargs: Any) -> Any:
         """Generate as the model does; `adapter_names` gives each row its own adapter, `""` the base."""
@@ -240,7 +242,7 @@ class AdaptedModel:
         """
         found: dict[tuple[str, str], dict[str, Any]] = {}
         watched: list[Adapter] = []
-        for slot in slots(self._module):
+        for slot in [layer for layer in self._adapter_layers() if isinstance(layer, Slot)]:
             for name, adapter in cast("dict[str, Adapter]", slot.adapters).items():
                 for part in (m for m in adapter.modules() if isinstance(m, Adapter)):
                     part.observed = found.setdefault((name, slot.place), {})
@@ -342,15 +344,16 @@ class AdaptedModel:
 
     def adapter_summary(self) -> list[AdapterSummary]:
         """Describe every adapter of the model: kind, sites, parameters, bytes."""
-        own = {id(p) for s in slots(self._module) for p in s.parameters()}
+        own = {id(p) for s in self._adapter_layers() if isinstance(s, Slot) for p in s.parameters()}
         heads = {id(p) for w in self._wrappers() for p in w.modules_to_save.parameters()}
         base = sum(p.numel() for p in self._module.parameters() if id(p) not in own | heads)
         return [self._summary(name, base) for name in self.adapters]
 
     def _summary(self, name: str, base: int) -> AdapterSummary:
-        places = [s.adapters[name] for s in slots(self._module) if name in s.adapters]
+        parts = list(self.parts(name).values())
+        places = [part for part in parts if isinstance(part, Adapter)]
         weights = [p for place in places for p in place.parameters()]
-        head = [p for w in self._wrappers() if name in w.modules_to_save for p in w.modules_to_save[name].parameters()]
+        head = [p for part in parts if not isinstance(part, Adapter) for p in part.parameters()]
         return AdapterSummary(
             name=name,
             kind=str(self.adapters[name].peft_type.value).lower(),
@@ -368,10 +371,36 @@ class AdaptedModel:
         return self
 
     def _wrappers(self) -> list[AuxiliaryTrainingWrapper]:
-        return [m for m in self._module.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        return [layer for layer in self._adapter_layers() if isinstance(layer, AuxiliaryTrainingWrapper)]
 
     def _adapter_layers(self) -> list[Any]:
-        return [m for m in self._module.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        return list(self._named_layers().values())
+
+    def _named_layers(self) -> dict[str, Any]:
+        """Return slots and head wrappers, and PEFT's own layers; looked for again only when some came or went."""
+        running = self._running
+        if running is None or any(_foreign(config) for config in self.adapters.values()):
+            return self._found_layers()
+        key = (running, running.version)
+        kept = self.__dict__.get("_layers_of")
+        if kept is None or kept[0] != key:
+            kept = self.__dict__["_layers_of"] = (key, self._found_layers())
+        layers: dict[str, Any] = kept[1]
+        return layers
+
+    def _found_layers(self) -> dict[str, Any]:
+        kinds = BaseTunerLayer | AuxiliaryTrainingWrapper
+        return {name: module for name, module in self._module.named_modules() if isinstance(module, kinds)}
+
+    def parts(self, name: str) -> dict[str, nn.Module]:
+        """Return the modules that are one adapter's: what is in the slots and its head, by their names in files."""
+        found: dict[str, nn.Module] = {}
+        for place, layer in self._named_layers().items():
+            if isinstance(layer, Slot) and name in layer.adapters:
+                found[f"{place}.adapters"] = layer.adapters[name]
+            elif isinstance(layer, AuxiliaryTrainingWrapper) and name in layer.modules_to_save:
+                found[place] = layer.modules_to_save[name]
+        return found
 
     def _name(self, name: str) -> str:
         self._known(name)
@@ -388,9 +417,12 @@ def _foreign(config: Any) -> bool:
     return isinstance(config, PeftConfig) and not isinstance(config, AdapterConfig)
 
 
-def adapter_tensors(model: nn.Module, name: str) -> dict[str, Any]:
+def adapter_tensors(model: Any, name: str) -> dict[str, Any]:
     """Return one adapter's tensors, head included, under PEFT's names for files."""
-    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    if _foreign(model.adapters[name]):
+        tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    else:  # the same without a look at the whole model
+        tensors = {f"{at}.{k}": v for at, part in model.parts(name).items() for k, v in part.state_dict().items()}
     return {k if k.startswith("base_model.model.") else f"base_model.model.{k}": v for k, v in tensors.items()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -45,6 +46,43 @@ def find_sites(model: nn.Module, width: int | None = None) -> list[Site]:
     Raises:
         SiteError: no repeated layers with linear maps were found.
     """
+    known = _known.setdefault(model, {})
+    if width in known and known[width].still(model):
+        return list(known[width].sites)
+    known[width] = _Found.of(model, _find_sites(model, width))
+    return list(known[width].sites)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Sites that were found, and the modules that they were, which may be others later."""
+
+    sites: list[Site]
+    modules: dict[str, tuple[weakref.ref[nn.Module], int]]
+
+    @classmethod
+    def of(cls, model: nn.Module, sites: list[Site]) -> _Found:
+        names = {name for site in sites for name in (site.write, site.read, site.stack)}
+        modules = {name: model.get_submodule(name) for name in names}
+        return cls(sites, {name: (weakref.ref(module), _count(module)) for name, module in modules.items()})
+
+    def still(self, model: nn.Module) -> bool:
+        """Say whether the model has the same modules there, and as many layers."""
+        try:
+            now = {name: model.get_submodule(name) for name in self.modules}
+        except AttributeError:
+            return False
+        return all(now[name] is ref() and _count(now[name]) == count for name, (ref, count) in self.modules.items())
+
+
+def _count(module: nn.Module) -> int:
+    return len(module) if isinstance(module, nn.ModuleList) else 0
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, dict[int | None, _Found]] = weakref.WeakKeyDictionary()
+
+
+def _find_sites(model: nn.Module, width: int | None) -> list[Site]:
     if width is None and getattr(model, "config", None) is None:
         width = hidden_size(model)
     found: list[Site] = []

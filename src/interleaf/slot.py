@@ -55,6 +55,7 @@ class Slot(nn.Module, BaseTunerLayer):
             write.register_forward_hook(self.leave, prepend=site.map_width > 0),
         ]
         running.slots.append(self)
+        running.version += 1
         if site.map_width:
             write.add_module(MAP, nn.Module())
         _holder(base, site).add_module(SLOT, self)
@@ -72,6 +73,7 @@ class Slot(nn.Module, BaseTunerLayer):
         if like is not None and adapter_is_real(adapter):
             dtype = like.dtype if like.dtype.is_floating_point and like.element_size() > 1 else None
             adapter.to(device=like.device, dtype=dtype)
+        adapter.requires_grad_(name in self._active_adapter)
         self.adapters[name] = adapter
         self.replan()
 
@@ -80,6 +82,7 @@ class Slot(nn.Module, BaseTunerLayer):
         for hook in self._hooks:
             hook.remove()
         self.running.slots.remove(self)
+        self.running.version += 1
         delattr(base.get_submodule(self.site.write), MAP if self.site.map_width else SLOT)
 
     @property
@@ -96,8 +99,10 @@ class Slot(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones, one after the other; PEFT's verb."""
-        super().set_adapter(adapter_names, inference_mode)
         names: list[str] = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for name in {*self._active_adapter, *names} & self.adapters.keys():  # the others are frozen already
+            self.adapters[name].requires_grad_(name in names and not inference_mode)
+        self._active_adapter = names
         self.running.activate(names[0] if len(names) == 1 else Stack(*names) if names else "")
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -114,15 +119,19 @@ class Slot(nn.Module, BaseTunerLayer):
         node = self._planned = self.running.current
         if self.site.layer in self.running.skip_layers:
             node = ""
-        kinds: dict[str, Any] = dict(self.adapters.items())
-        node = expand(node, {n: a.composition for n, a in kinds.items() if a.composition is not None})
+        node = expand(node, {n: a.composition for n, a in self._named(node).items() if a.composition is not None})
         if self.site.position == "unembedding":
             node = backwards(node)  # what was done last is undone first
+        kinds = self._named(node)
         self._around = [kinds[n] for n in leaves(node) if isinstance(kinds.get(n), Around)]
         kinds = {n: a for n, a in kinds.items() if not isinstance(a, Around)}
         self._before_plan = prune(node, lambda n: n in kinds and kinds[n].before)
         self._after_plan = prune(node, lambda n: n in kinds and not kinds[n].before)
         self._reads = any(kinds[n].reads for n in leaves(self._after_plan))
+
+    def _named(self, node: Any) -> dict[str, Any]:
+        """Return the adapters of this site that a composition names."""
+        return {name: self.adapters[name] for name in leaves(node) if name in self.adapters}
 
     @property
     def idle(self) -> bool:

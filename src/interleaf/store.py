@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,9 +76,23 @@ def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:
 
     Heads are left out: the same trunk carries many. The bytes are compared between equal float types only.
     """
+    found = _fingerprint(model)
+    return {**found, "tokenizer": tokenizer_hash(tokenizer)} if tokenizer is not None else dict(found)
+
+
+_fingerprints: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[str, str]]] = weakref.WeakKeyDictionary()
+
+
+def _fingerprint(model: nn.Module) -> dict[str, str]:
+    """Hash a base's weights, or remember what was found while none of them was written to."""
+    named = list(stack_weights(model))
+    written = [(name, t.data_ptr(), t._version) for name, t in named]
+    known = _fingerprints.get(model)
+    if known is not None and known[0] == written:
+        return known[1]
     shapes, weights = hashlib.sha256(), xxhash.xxh3_128()
     dtype = ""
-    for name, tensor in stack_weights(model):
+    for name, tensor in named:
         shapes.update(f"{name}{tuple(tensor.shape)}".encode())
         weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         dtype = dtype or str(tensor.dtype).removeprefix("torch.")
@@ -87,7 +102,8 @@ def fingerprint(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:
         "dtype": dtype,
         "weights": weights.hexdigest(),
     }
-    return {**found, "tokenizer": tokenizer_hash(tokenizer)} if tokenizer is not None else found
+    _fingerprints[model] = written, found
+    return found
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -180,7 +196,7 @@ def load(
     folder = _folder(path)
     if adapterhub.is_adapterhub(folder):
         name = adapterhub.load(model, folder, name, with_head=with_head)
-        _trainable(model._module, name, is_trainable)
+        _trainable(model, name, is_trainable)
         return name
     if with_head:
         raise StoreError(f"with_head: {folder} is not AdapterHub's; an adapter brings the head it was saved with.")
@@ -202,7 +218,7 @@ def load(
         raise
     if fresh or is_trainable:
         model.set_adapter(name)
-        _trainable(model._module, name, is_trainable)
+        _trainable(model, name, is_trainable)
     return name
 
 
@@ -223,11 +239,9 @@ def _fill(model: nn.Module, stored: Stored, name: str) -> None:
         expected[key].copy_(tensor)  # state dicts alias the live weights
 
 
-def _trainable(model: nn.Module, name: str, trains: bool) -> None:
-    prefix = f".{name}."
-    for key, parameter in model.named_parameters():
-        if prefix in key and ("adapter_slot" in key or "modules_to_save" in key):
-            parameter.requires_grad = trains
+def _trainable(model: AdaptedModel, name: str, trains: bool) -> None:
+    for part in model.parts(name).values():
+        part.requires_grad_(trains)
 
 
 def _same_base(stored: Stored, model: nn.Module, tokenizer: Any) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from interleaf.adapter import Adapter, AdapterConfig, Around
 from interleaf.compose import Fuse
 from interleaf.errors import AdapterError, SiteError
-from interleaf.forward import Running
+from interleaf.forward import Running, running_in
 from interleaf.sites import Site, stack_names
 from interleaf.slot import SLOT, Slot, slot_in, slots
 
@@ -70,8 +70,7 @@ class AdapterTuner(BaseTuner):
         config = self.peft_config[adapter_name]
         if "." in adapter_name or not adapter_name:
             raise AdapterError(f"the adapter name {adapter_name!r} is empty or has a dot. Choose another.")
-        there = {name for slot in slots(model) for name in slot.adapters}
-        if missing := [name for name in config.needs if name not in there]:
+        if missing := [name for name in config.needs if not isinstance(self.peft_config.get(name), AdapterConfig)]:
             raise AdapterError(f"{adapter_name!r} needs the adapter {missing[0]!r}: add or load it first.")
         context = init_empty_weights if low_cpu_mem_usage else contextlib.nullcontext
         with context():
@@ -85,11 +84,12 @@ class AdapterTuner(BaseTuner):
         running = running_of(model)
         if config.modules_to_save is None:
             config.modules_to_save = task_head(model) or None
-        kept = {} if not slots(model) else {p: p.requires_grad for p in model.parameters()}
+        first, kept = not running.slots, _training(model, running)
         for site, adapter in made:
             slot_at(model, site, running, adapter).add(adapter_name, adapter, nearest_weight(model, site))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-        self._mark_only_adapters_as_trainable(model)
+        if first:
+            self._mark_only_adapters_as_trainable(model)
         set_additional_trainable_modules(
             model, config, self.get_model_config(self), adapter_name, adapter_name in self.active_adapters
         )
@@ -141,11 +141,16 @@ class AdapterTuner(BaseTuner):
             yield
 
 
+def _training(model: nn.Module, running: Running) -> dict[Tensor, bool]:
+    """Note what of the active adapters and of the heads trains."""
+    parts: list[Any] = [slot.adapters[n] for slot in running.slots for n in slot._active_adapter if n in slot.adapters]
+    parts += [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    return {p: p.requires_grad for part in parts for p in part.parameters()} if running.slots else {}
+
+
 def running_of(model: nn.Module) -> Running:
     """Return what the slots of a model share, made if there is none yet."""
-    for slot in slots(model):
-        return slot.running
-    return Running(model)
+    return running_in(model) or Running(model)
 
 
 def slot_at(model: nn.Module, site: Site, running: Running, adapter: Adapter) -> Slot:

@@ -132,7 +132,7 @@ def _watched(member: Member, model: Any) -> Iterator[None]:
     layers = [layer for _, layer in layers_of(model)]
     for place, layer in enumerate(layers):
         layer.forward = _asking(member, place, layer, inside[place], layer.forward)
-    hook = model.register_forward_hook(lambda module, args, output: _ask_backward(member, output))
+    hook = model.register_forward_hook(_asking_backward(member))
     try:
         yield
     finally:
@@ -152,21 +152,20 @@ def _asking(
     return run
 
 
-def _ask_backward(member: Member, output: Any) -> Any:
-    loss = output.get("loss") if isinstance(output, dict) else None
-    if loss is not None and loss.requires_grad:
-        output["loss"] = loss.as_subclass(_loss_of(member))
-    return output
-
-
-def _loss_of(member: Member) -> type[Tensor]:
+def _asking_backward(member: Member) -> Callable[..., Any]:
     class Loss(Tensor):
         """A loss whose backward pass is made together with the others'."""
 
         def backward(self, *args: Any, **kwargs: Any) -> None:
             member.ask(_Backward(self.as_subclass(Tensor)))
 
-    return Loss
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        loss = output.get("loss") if isinstance(output, dict) else None
+        if loss is not None and loss.requires_grad:
+            output["loss"] = loss.as_subclass(Loss)
+        return output
+
+    return hook
 
 
 def _answers(waiting: Sequence[Member], shared: Sequence[tuple[str, nn.Module]]) -> list[tuple[Member, Any]]:

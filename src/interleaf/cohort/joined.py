@@ -45,6 +45,7 @@ def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def call_of(place: int, layer: nn.Module, own: Sequence[Slot], args: Any, kwargs: Any) -> Call | None:
     """Describe a call that could be made together with others', or None."""
+    kwargs = {k: v for k, v in kwargs.items() if k != "num_items_in_batch"}  # the Trainer's, for the loss
     given = [*args, *kwargs.values()]
     rows = next((v.shape[0] for v in given if isinstance(v, Tensor) and v.ndim > 1), 0)
     modes = layer.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled()

@@ -31,7 +31,7 @@ class Member:
         self._stopped = False
         self._go, self._back = Semaphore(0), Semaphore(0)
         self._random: Any = None
-        self._thread = Thread(target=self._run, daemon=True)
+        self._thread = Thread(target=self._run, name="cohort", daemon=True)
 
     def _run(self) -> None:
         self._go.acquire()
