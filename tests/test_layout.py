@@ -19,7 +19,7 @@ RANKS = [
     ["forward"],
     ["slot"],
     ["tuner"],
-    ["adapters", "model"],
+    ["adapters", "model", "summary"],
     ["merge"],
     ["adapterhub"],
     ["store"],

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from interleaf.compose import Stack as Stack
     from interleaf.errors import InterleafError as InterleafError
     from interleaf.model import AdaptedModel as AdaptedModel
-    from interleaf.model import AdapterSummary as AdapterSummary
     from interleaf.model import adapt as adapt
     from interleaf.sites import Site as Site
     from interleaf.sites import find_sites as find_sites
     from interleaf.store import Adaptation as Adaptation
+    from interleaf.summary import AdapterSummary as AdapterSummary
 
 __version__ = "0.1.0"
 
@@ -35,7 +35,7 @@ _HOME = {
     "AdaptedModel": "model",
     "Adapter": "adapter",
     "AdapterConfig": "adapter",
-    "AdapterSummary": "model",
+    "AdapterSummary": "summary",
     "Average": "compose",
     "BatchSplit": "compose",
     "Fuse": "compose",

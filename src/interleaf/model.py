@@ -6,7 +6,6 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -27,23 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from interleaf.store import Adaptation
+    from interleaf.summary import AdapterSummary
 
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class AdapterSummary:
-    """What one adapter consists of; sizes count its head too."""
-
-    name: str
-    kind: str
-    active: bool
-    trains: bool
-    sites: int
-    adapter_parameters: int
-    head_parameters: int
-    base_parameters: int
-    size_bytes: int
 
 
 def adapt(model: M) -> M:
@@ -344,27 +329,9 @@ class AdaptedModel:
 
     def adapter_summary(self) -> list[AdapterSummary]:
         """Describe every adapter of the model: kind, sites, parameters, bytes."""
-        own = {id(p) for s in self._adapter_layers() if isinstance(s, Slot) for p in s.parameters()}
-        heads = {id(p) for w in self._wrappers() for p in w.modules_to_save.parameters()}
-        base = sum(p.numel() for p in self._module.parameters() if id(p) not in own | heads)
-        return [self._summary(name, base) for name in self.adapters]
+        from interleaf.summary import summarise
 
-    def _summary(self, name: str, base: int) -> AdapterSummary:
-        parts = list(self.parts(name).values())
-        places = [part for part in parts if isinstance(part, Adapter)]
-        weights = [p for place in places for p in place.parameters()]
-        head = [p for part in parts if not isinstance(part, Adapter) for p in part.parameters()]
-        return AdapterSummary(
-            name=name,
-            kind=str(self.adapters[name].peft_type.value).lower(),
-            active=name in self.active_adapters(),
-            trains=any(p.requires_grad for p in weights),
-            sites=len(places),
-            adapter_parameters=sum(p.numel() for p in weights),
-            head_parameters=sum(p.numel() for p in head),
-            base_parameters=base,
-            size_bytes=sum(p.numel() * p.element_size() for p in weights + head),
-        )
+        return summarise(self)
 
     @property
     def _module(self) -> PreTrainedModel:
@@ -426,4 +393,4 @@ def adapter_tensors(model: Any, name: str) -> dict[str, Any]:
     return {k if k.startswith("base_model.model.") else f"base_model.model.{k}": v for k, v in tensors.items()}
 
 
-__all__ = ["AdaptedModel", "AdapterSummary", "adapt", "adapter_tensors", "task_head"]
+__all__ = ["AdaptedModel", "adapt", "adapter_tensors", "task_head"]

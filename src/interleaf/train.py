@@ -18,11 +18,11 @@ from interleaf.errors import ConfigError, StoreError
 from interleaf.files import refuse_existing
 from interleaf.fit import adapted_model, fit
 from interleaf.forgetting import ForgetBudget, Memory, memory_of
-from interleaf.model import AdapterSummary
 from interleaf.record import command, curves, environment, side_by_side
 from interleaf.settings import TrainSettings
 from interleaf.sites import Site
 from interleaf.store import Adaptation
+from interleaf.summary import AdapterSummary
 from interleaf.tasks import TASKS, check_options
 from interleaf.tasks.base import Splits, Task
 from interleaf.trunk_cache import NoCache, cut_of
