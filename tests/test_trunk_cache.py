@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import interleaf
 from interleaf import bundled
 from interleaf.errors import ConfigError
+from interleaf.fit import in_bfloat16
 from interleaf.settings import TrainSettings
 from interleaf.train import Run, prepare
 from interleaf.trunk_cache import NoCache, cut_of, trunk_cache
@@ -117,6 +118,18 @@ def test_half_of_the_bits_are_enough_if_asked_for(encoder: TrainSettings) -> Non
     size = float(full.partition("(")[2].split()[0])
     assert float(half.partition("(")[2].split()[0]) == pytest.approx(size / 2, abs=1)
     assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_bfloat16_trains_and_weights_stay_as_they_are(encoder: TrainSettings) -> None:
+    assert not in_bfloat16("float32")
+    _, full = trained(encoder)
+    _, half = trained(replace(encoder, precision="bfloat16", out=encoder.out + "-bf16"))
+    for name, tensor in half.items():
+        assert tensor.dtype == full[name].dtype == torch.float32
+        assert torch.isfinite(tensor).all()
+    assert any(not torch.equal(full[name], half[name]) for name in full)
+    with pytest.raises(ConfigError, match="expected auto, float32 or bfloat16"):
+        replace(encoder, precision="int3")
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

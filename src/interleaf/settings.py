@@ -61,6 +61,8 @@ class TrainSettings:
     """Seed of the split, the initialisation and the order of rows."""
     activation_checkpointing: bool = False
     """Compute activations twice to save memory."""
+    precision: str = "auto"
+    """Arithmetic of training: float32, bfloat16 (weights stay as they are), or auto: what the device is good at."""
     cache: str = "auto"
     """Run the frozen layers below the lowest adapter once and store what they give: auto (where it can be), or off."""
     cache_dtype: str | None = None
@@ -88,6 +90,8 @@ class TrainSettings:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected more than {low}.")
         if self.examples < 0:
             raise ConfigError(f"examples={self.examples}: expected 0 or more.")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"precision={self.precision!r}: expected auto, float32 or bfloat16.")
         if self.cache not in ("auto", "off"):
             raise ConfigError(f"cache={self.cache!r}: expected auto or off.")
         if self.cache_dtype not in (None, "float32", "bfloat16", "float16"):

@@ -60,6 +60,7 @@ class Result:
     trained_parameters: int
     seconds: float
     trunk_cache: str
+    saved_s: float
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -150,7 +151,8 @@ class Run:
             shutil.move(scratch / LOGS, path / LOGS)
         shutil.rmtree(scratch, ignore_errors=True)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        return Result(path, metrics, trained, time.monotonic() - start, fitted.trunk_cache, fitted.history)
+        seconds = time.monotonic() - start
+        return Result(path, metrics, trained, seconds, fitted.trunk_cache, fitted.saved_s, fitted.history)
 
     def _memory(self) -> Memory | None:
         ref = self.settings.earlier

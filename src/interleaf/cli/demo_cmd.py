@@ -34,6 +34,8 @@ def demo(
         return
     for one in found:
         table(f"Held-out movie reviews, seed {one.seed}", COLUMNS, [_row(arm) for arm in one.arms])
+        for arm in one.arms:
+            print(f"{arm.name}: {arm.trunk_cache}; about {arm.saved_s:.0f} s saved")
     table("Sentences that are not in the data", ["label", "score", "text"], [_prediction(p) for p in found[-1].said])
     print(f"The adapter is in {out}. Try: echo 'Pure joy.' | interleaf predict {out} -")
 

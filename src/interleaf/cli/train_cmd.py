@@ -114,5 +114,6 @@ def show_result(result: Result) -> None:
     if (of := result.metrics.get("forgetting")) is not None:
         said = [of["measure"], *(f"{of[k]:.4f}" for k in ("before", "on", "off")), f"{of['lost']:.2%}"]
         table("Forgetting", ["", "before", "adapter on", "adapter off", "lost"], [said])
-    print(f"trunk cache: {result.trunk_cache}")
+    saved = f"; about {result.saved_s:.0f} s saved" if result.saved_s else ""
+    print(f"trunk cache: {result.trunk_cache}{saved}")
     print(f"saved {result.path}")

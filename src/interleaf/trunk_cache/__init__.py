@@ -36,6 +36,8 @@ class Rows:
     collate: Callable[[list[dict[str, Any]]], Any]
     cached: str
     keep_columns: bool = False
+    pass_s: float = 0.0
+    """Seconds that the cached layers take for all rows."""
 
 
 @contextmanager
@@ -76,7 +78,9 @@ def trunk_cache(model: Any, train: Dataset, dev: Dataset, collate: Any, settings
     count = len(train)
     try:
         parts = rows.select(range(count)), rows.select(range(count, len(rows)))
-        yield Rows(*parts, with_states, f"{cut} ({states.size_bytes / 1e6:,.0f} MB)", keep_columns=True)
+        yield Rows(
+            *parts, with_states, f"{cut} ({states.size_bytes / 1e6:,.0f} MB)", keep_columns=True, pass_s=states.seconds
+        )
     finally:
         skip.remove()
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,8 @@ class States:
         for length in lengths:
             self.starts.append(self.starts[-1] + length)
         self.dtype, self.width = dtype, width
+        self.seconds = 0.0
+        """What it took to make them."""
         file = str(folder / FILE)
         size = self.starts[-1] * width
         self.tokens = torch.from_file(file, shared=True, size=size, dtype=dtype).view(-1, width)
@@ -98,8 +101,11 @@ def stored_states(model: Any, cut: Cut, rows: Dataset, collate: Any, settings: T
     try:
         with new_folder(folder, overwrite=True) as draft:
             states = States(draft, lengths, width, dtype)
+            start = time.monotonic()
             _fill(model, cut, rows, collate, states)
-            (draft / ABOUT).write_text(json.dumps({"rows": len(rows), "hash": states.hash()}), "utf-8")
+            states.seconds = time.monotonic() - start
+            about = {"rows": len(rows), "hash": states.hash(), "seconds": states.seconds}
+            (draft / ABOUT).write_text(json.dumps(about), "utf-8")
     except StoreError:
         if (kept := _kept(folder, lengths, width, dtype)) is not None:
             return kept  # another process was first
@@ -114,7 +120,8 @@ def _kept(folder: Path, lengths: Sequence[int], width: int, dtype: torch.dtype) 
         if (folder / FILE).stat().st_size != size:
             return None
         states = States(folder, lengths, width, dtype)
-        whole = json.loads((folder / ABOUT).read_text("utf-8"))["hash"] == states.hash()
+        about = json.loads((folder / ABOUT).read_text("utf-8"))
+        whole, states.seconds = about["hash"] == states.hash(), float(about["seconds"])
         os.utime(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # damaged, or another run is deleting it
