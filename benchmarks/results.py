@@ -133,7 +133,8 @@ REMARKS = {
     "passes were chosen with weblate held out. Without dropout, with three passes at 2e-3 (`--set dropout=0 --epochs 3 "
     "--learning-rate 2e-3`), the loss falls further, to 0.898, and BLEU and chrF stay where the base has them: 55.5 "
     "and 76.5.",
-    "translation-verses": "The settings are those of the user interfaces, with two passes over as many rows.",
+    "translation-verses": "The settings are those of the user interfaces, with two passes over 12,000 rows; with 6,000 "
+    "it was +6.3 BLEU and +3.0 chrF.",
     "code": "Most of the base's answers begin with a code fence, as in a chat, which is no completion: the adapter has "
     "first of all learnt the form.",
 }
