@@ -74,6 +74,13 @@ def with_interleaf(job: dict[str, Any]) -> Any:
     return model
 
 
+def compiled(job: dict[str, Any]) -> Any:
+    """Our own, by torch.compile."""
+    model = with_interleaf(job)
+    model.compile()
+    return model
+
+
 def with_peft(job: dict[str, Any]) -> Any:
     """PEFT's LoRA at query and value; its rank gives it about as many weights as the adapters have."""
     from peft import LoraConfig, get_peft_model
@@ -101,6 +108,7 @@ def whole(job: dict[str, Any]) -> Any:
 MODELS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "floor": with_hooks,
     "interleaf": with_interleaf,
+    "compiled": compiled,
     "peft": with_peft,
     "adapters": with_adapters,
     "full": whole,
@@ -233,8 +241,8 @@ def batch(job: dict[str, Any]) -> dict[str, Any]:
 
 def in_turn(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Time each way once a round, so that what else the machine does hits all alike; return seconds by way."""
-    for way in ways.values():
-        way()
+    for name, way in ways.items():
+        say(first={name: _timed(way)})
     found: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         order = list(ways) if number % 2 else list(reversed(ways))

@@ -20,7 +20,7 @@ from interleaf.errors import ConfigError, DataError, TrainingError
 from interleaf.settings import TrainSettings
 from interleaf.train import make_task, prepare
 from tests.test_bad_input import run
-from tests.test_generation import pairs, save_base, write
+from tests.test_generation import save_base, translates, write
 
 
 @pytest.fixture(scope="module")
@@ -54,18 +54,8 @@ def classifier(texts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def translator(tmp_path: Path) -> TrainSettings:
     other = [{"source": f"the colour {i}", "target": f"a cor {i}"} for i in range(12)]
-    return TrainSettings(
-        base=save_base(tmp_path, "t5"),
-        train=write(tmp_path / "rows.jsonl", pairs(24)),
-        out=str(tmp_path / "out"),
-        task="translation",
-        task_options={"max_new_tokens": 5},
-        epochs=2,
-        batch_size=8,
-        dev_fraction=0.25,
-        learning_rate=1e-2,
-        earlier=write(tmp_path / "other.jsonl", other),
-    )
+    earlier = write(tmp_path / "other.jsonl", other)
+    return translates(tmp_path, "t5", dev_fraction=0.25, learning_rate=1e-2, earlier=earlier)
 
 
 # ---- one arm

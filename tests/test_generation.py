@@ -51,6 +51,13 @@ def pairs(count: int, **more: Any) -> list[dict[str, Any]]:
     return [{"source": f"the number {i}", "target": f"o número {i}", **more} for i in range(count)]
 
 
+def translates(folder: Path, base: str, **settings: Any) -> TrainSettings:
+    """A run of a tiny random model on a few pairs, which answers with a few tokens."""
+    given = {"task_options": {"max_new_tokens": 5}, "epochs": 2, "batch_size": 8, "out": str(folder / "out")}
+    rows = write(folder / "rows.jsonl", pairs(24))
+    return TrainSettings(base=save_base(folder, base), train=rows, task="translation", **{**given, **settings})
+
+
 # ---- data
 
 

@@ -27,6 +27,7 @@ RANKS = [
     ["forgetting", "trunk_cache", "fit", "depth", "train", "evaluate"],
     ["cohort"],
     ["compare", "demo", "report"],
+    ["studies"],
     ["cli"],
 ]
 RANK = {name: i for i, names in enumerate(RANKS) for name in names}

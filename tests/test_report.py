@@ -28,8 +28,7 @@ from interleaf.settings import TrainSettings
 from interleaf.train import prepare
 from tests.browser import Browser
 from tests.test_bad_input import run
-from tests.test_generation import pairs, save_base
-from tests.test_generation import write as write_rows
+from tests.test_generation import translates
 
 HOSTILE = ["<script>alert('label')</script>", "a|b `$x_{$ **bold** & 好"]
 TEXT = "<img src=http://example.org/x.png onerror=alert(1)> ``` </dd></dl>"
@@ -60,17 +59,7 @@ def classified(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def translated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real run of a task whose base can answer without an adapter."""
     folder = tmp_path_factory.mktemp("translated")
-    settings = TrainSettings(
-        base=save_base(folder, "llama"),
-        train=write_rows(folder / "rows.jsonl", pairs(24)),
-        out=str(folder / "out"),
-        task="translation",
-        task_options={"max_new_tokens": 5},
-        batch_size=2,
-        epochs=2,
-        examples=2,
-    )
-    prepare(settings).train()
+    prepare(translates(folder, "llama", batch_size=2, examples=2)).train()
     return folder / "out"
 
 

@@ -18,10 +18,11 @@ from interleaf import bundled
 from interleaf.errors import ConfigError
 from interleaf.fit import in_bfloat16
 from interleaf.settings import TrainSettings
+from interleaf.tasks.rows import token_batches
 from interleaf.train import Run, prepare
 from interleaf.trunk_cache import NoCache, cut_of, trunk_cache
 from interleaf.trunk_cache.states import ABOUT, FILE, States
-from tests.test_generation import pairs, save_base, write
+from tests.test_generation import translates
 from tests.zoo import TINY, build
 
 
@@ -61,19 +62,9 @@ def encoder(minilm: str, reviews: Path, tmp_path: Path) -> TrainSettings:
 
 
 def generator(folder: Path, base: str, **options: Any) -> TrainSettings:
-    path = save_base(folder, base)
-    without_dropout(Path(path), dropout_rate=0.0)
-    return TrainSettings(
-        base=path,
-        train=write(folder / "rows.jsonl", pairs(24)),
-        out=str(folder / "generates"),
-        task="translation",
-        task_options={"max_new_tokens": 5},
-        adapter_options=options,
-        epochs=2,
-        batch_size=4,
-        examples=0,
-    )
+    made = translates(folder, base, out=str(folder / "generates"), adapter_options=options, batch_size=4, examples=0)
+    without_dropout(Path(made.base), dropout_rate=0.0)
+    return made
 
 
 def trained(settings: TrainSettings) -> tuple[str, dict[str, torch.Tensor]]:
@@ -130,6 +121,20 @@ def test_bfloat16_trains_and_weights_stay_as_they_are(encoder: TrainSettings) ->
     assert any(not torch.equal(full[name], half[name]) for name in full)
     with pytest.raises(ConfigError, match="expected auto, float32 or bfloat16"):
         replace(encoder, precision="int3")
+
+
+def test_batches_by_tokens_are_the_same_to_the_bit_too(encoder: TrainSettings) -> None:
+    few = replace(encoder, batch_tokens=64)
+    assert_same_as_uncached(few, "the lowest 4 of 6 layers")
+    run = prepare(replace(few, out=few.out + "-planned"))
+    encoded = run.task.encode(run.splits.train, run.tokenizer)
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    batches = token_batches(encoded, 64, few.seed)
+    assert run.plan().steps == 2 * len(batches)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert max(len(batch) * max(lengths[i] for i in batch) for batch in batches) <= 64
+    with pytest.raises(ConfigError, match=f"batch_tokens=5: a row has {max(lengths)} tokens"):
+        token_batches(encoded, 5, few.seed)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

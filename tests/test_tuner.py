@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 import torch
 from packaging.version import Version
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, PeftType, get_peft_model
+from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 import interleaf
 from interleaf import AdaptedModel, BottleneckConfig, tuner
-from interleaf.errors import AdapterError, BaseModelError
+from interleaf.errors import AdapterError, BaseModelError, StoreError
 from tests.zoo import TINY, base_weights, build, logits, randomise, same
 
 EVERY_TINY = pytest.mark.parametrize("name", list(TINY))
@@ -171,3 +173,43 @@ def test_the_internals_we_touch_are_the_ones_we_know() -> None:
     tuner.teach_trainer(AdaptedModel)
     for name in ("_load_from_checkpoint", "_load_best_model"):
         assert getattr(Trainer, name).__module__ == "interleaf.tuner", name
+
+
+def _written_in_place(linear: nn.Linear) -> None:
+    with torch.no_grad():
+        linear.weight[0, 0] += 1
+
+
+def _other_parameter(linear: nn.Linear) -> None:
+    linear.weight = nn.Parameter(linear.weight.detach() + 1, requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [_written_in_place, _other_parameter])
+def test_a_base_that_was_changed_since_the_last_load_is_another_base(
+    change: Callable[[nn.Linear], None], tmp_path: Path
+) -> None:
+    model = interleaf.adapt(build("bert"))
+    model.add_adapter("a", "pfeiffer")
+    model.save_adapter(tmp_path / "a", "a")
+    model.load_adapter(tmp_path / "a", "b")
+    change(model.get_submodule("bert.encoder.layer.0.attention.self.query"))
+    with pytest.raises(StoreError, match="made for another base: other pretrained weights"):
+        model.load_adapter(tmp_path / "a", "c")
+    model.bert.encoder.layer[1] = build("bert").bert.encoder.layer[0]
+    with pytest.raises(StoreError, match="made for another base"):
+        model.load_adapter(tmp_path / "a", "c")
+
+
+def test_layers_that_come_later_are_found_and_switching_touches_only_what_changes() -> None:
+    model = interleaf.adapt(build("bert"))
+    for name in "abc":
+        model.add_adapter(name, "pfeiffer")
+    assert [p.requires_grad for p in model.parts("c")["classifier"].parameters()] == [True, True]
+    model.set_adapter("a")
+    trains = {n: {p.requires_grad for part in model.parts(n).values() for p in part.parameters()} for n in "abc"}
+    assert trains == {"a": {True}, "b": {False}, "c": {False}}
+    model.delete_adapter("b")
+    model.add_adapter("b", "houlsby")
+    assert len(model.parts("b")) == 2 * len(model.parts("a")) - 1
+    model.set_adapter("b")
+    assert model.active_adapters() == ["b"]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,9 @@ from interleaf.slot import slots
 from interleaf.tasks import TASKS, check_options
 from interleaf.tasks.base import Task
 from interleaf.tuner import task_head
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass
@@ -42,19 +45,27 @@ class Opened:
             DataError: the data is not of the form the adapter was trained on.
             ConfigError: `off` for a task whose head was trained with the adapter.
         """
-        if limit is not None and limit < 1:
-            raise ConfigError(f"limit={limit}: expected 1 or more.")
         if off and task_head(self.model):
             raise ConfigError(f"off: the base alone has no head for {self.task.name}, so it cannot be measured.")
         rows = self.task.load_one(data)
-        if limit is not None and limit < len(rows):
-            rows = rows.select([i * len(rows) // limit for i in range(limit)])
+        rows = rows if limit is None else spread(rows, limit)
         with self.model.disable_adapter() if off else nullcontext():
             return self.task.evaluate(self.model, self.tokenizer, rows, batch_size)
 
     def predict(self, texts: Iterable[str], batch_size: int = 32) -> Iterator[dict[str, Any]]:
         """Yield the task's prediction for each text, in order."""
         return self.task.predict(self.model, self.tokenizer, texts, batch_size)
+
+
+def spread(rows: Dataset, limit: int) -> Dataset:
+    """Return so many rows, evenly spread.
+
+    Raises:
+        ConfigError: none are asked for.
+    """
+    if limit < 1:
+        raise ConfigError(f"limit={limit}: expected 1 or more.")
+    return rows.select([i * len(rows) // limit for i in range(limit)]) if limit < len(rows) else rows
 
 
 def open_adapter(

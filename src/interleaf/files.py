@@ -16,6 +16,11 @@ from interleaf.errors import StoreError
 COMPARISON = "compare.json"  # what `interleaf compare` writes and a report reads
 
 
+def cache_folder() -> Path:
+    """Return where models, data and stored states are kept: `INTERLEAF_CACHE`, or the usual place."""
+    return Path(os.environ.get("INTERLEAF_CACHE") or Path.home() / ".cache" / "interleaf")
+
+
 @contextlib.contextmanager
 def new_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `path` when the block ends well.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import interleaf.adapters  # noqa: F401  (registers the kinds)
@@ -20,8 +22,11 @@ from interleaf.files import disk_trouble
 from interleaf.model import AdaptedModel, adapt
 from interleaf.settings import TrainSettings
 from interleaf.tasks.base import Splits, Task
-from interleaf.tasks.rows import padding, shortest_first
+from interleaf.tasks.rows import model_inputs, padding, shortest_first, token_batches
 from interleaf.trunk_cache import NoCache, cut_of, trunk_cache
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ def adapted_model(task: Task, settings: TrainSettings) -> Any:
     model: Any = adapt(task.model(settings.base))
     model.add_adapter(settings.name, as_config(settings.adapter, **settings.adapter_options))
     model.train_adapter(settings.name)
-    return model
+    return model.to(PartialState().device)  # the Trainer's: what is done before it is done there too
 
 
 def fit(
@@ -52,7 +57,8 @@ def fit(
     callbacks: tuple[TrainerCallback, ...] = (),
 ) -> Fitted:
     """Run the Trainer over whatever of `model` trains; its best epoch is loaded at the end."""
-    train, dev = task.encode(splits.train, tokenizer), shortest_first(task.encode(splits.dev, tokenizer))
+    train = model_inputs(task.encode(splits.train, tokenizer), model)
+    dev = shortest_first(model_inputs(task.encode(splits.dev, tokenizer), model))
     collate = task.collator(tokenizer)
     with suppress(NoCache):  # the same batches with the cache and without it
         cut_of(model)
@@ -60,10 +66,10 @@ def fit(
     with trunk_cache(model, train, dev, collate, settings) as rows:
         trainer = Trainer(
             model=model,
-            args=training_arguments(settings, scratch, task, rows.keep_columns),
-            train_dataset=rows.train,
+            args=training_arguments(settings, scratch, task),
+            train_dataset=_batched(rows.train, settings),
             eval_dataset=rows.dev,
-            data_collator=rows.collate,
+            data_collator=_collating(rows.collate),
             compute_metrics=task.compute_metrics,
             callbacks=[StopOnNaN(), *_patience(settings), *callbacks],
         )
@@ -73,6 +79,18 @@ def fit(
         _train(trainer, scratch, settings.resume)
         saved_s = max(0.0, (trainer.state.epoch or 0) - 1) * rows.pass_s
         return Fitted(trainer.state.log_history, rows.cached, saved_s)
+
+
+def _batched(rows: Dataset, settings: TrainSettings) -> Any:
+    """Return rows, or batches of as many tokens as are asked for, which the Trainer takes for rows."""
+    if settings.batch_tokens is None:
+        return rows
+    batches = token_batches(rows, settings.batch_tokens, settings.seed)
+    return [[rows[number] for number in batch] for batch in batches]
+
+
+def _collating(collate: Callable[[list[dict[str, Any]]], Any]) -> Callable[[list[Any]], Any]:
+    return lambda given: collate(given[0] if isinstance(given[0], list) else given)
 
 
 def _patience(settings: TrainSettings) -> list[TrainerCallback]:
@@ -110,18 +128,19 @@ def _is_json(path: Path) -> bool:
         return False
 
 
-def training_arguments(settings: TrainSettings, scratch: Path, task: Task, keep_columns: bool) -> TrainingArguments:
+def training_arguments(settings: TrainSettings, scratch: Path, task: Task) -> TrainingArguments:
     """Turn settings into the Trainer's arguments."""
+    by_rows = settings.batch_tokens is None
     return TrainingArguments(
         output_dir=str(scratch),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size if by_rows else 1,
         per_device_eval_batch_size=2 * settings.batch_size,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup,
         lr_scheduler_type="linear",
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="group_by_length" if by_rows else "random",
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2,
@@ -138,7 +157,7 @@ def training_arguments(settings: TrainSettings, scratch: Path, task: Task, keep_
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         activation_checkpointing=settings.activation_checkpointing,
-        remove_unused_columns=not keep_columns,
+        remove_unused_columns=False,  # rows hold what the model takes, and the number of their states
     )
 
 

@@ -116,6 +116,7 @@ class Running:
         self.skip_layers: frozenset[int] = frozenset()
         self.generating = False
         self.slots: list[Slot] = []
+        self.heads: list[Any] = []
         self.version = 0
         """Grows when a slot or a head comes or goes."""
         self.places: dict[str, Places] = {}
@@ -149,8 +150,9 @@ class Running:
 
     def watch_head(self, wrapper: nn.Module) -> None:
         """Give each row the task head of its own adapter."""
-        if not any(getattr(h, "__self__", None) is self for h in wrapper._forward_hooks.values()):
+        if not any(head is wrapper for head in self.heads):
             wrapper.register_forward_hook(self._heads, with_kwargs=True)
+            self.heads.append(wrapper)
             self.version += 1
 
     def remove(self) -> None:

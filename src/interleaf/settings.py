@@ -45,6 +45,8 @@ class TrainSettings:
     """Passes over the training data."""
     batch_size: int = 32
     """Rows a step."""
+    batch_tokens: int | None = None
+    """Tokens a step instead, padding counted: many short rows or few long ones. Batches stay, their order changes."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.0
@@ -96,6 +98,8 @@ class TrainSettings:
             raise ConfigError(f"cache={self.cache!r}: expected auto or off.")
         if self.cache_dtype not in (None, "float32", "bfloat16", "float16"):
             raise ConfigError(f"cache_dtype={self.cache_dtype!r}: expected float32, bfloat16 or float16.")
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise ConfigError(f"batch_tokens={self.batch_tokens}: expected 1 or more.")
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"patience={self.patience}: expected 1 or more.")
         if self.forget_budget is not None and (self.forget_budget < 0 or self.earlier is None):

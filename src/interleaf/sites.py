@@ -169,6 +169,12 @@ def nearest_stack(name: str, stacks: Sequence[str]) -> str:
     return max(stacks, key=lambda s: shared_parts(s.split("."), name.split(".")), default="")
 
 
+def as_found(model: nn.Module) -> bool:
+    """Say whether the modules at a model's sites are still those that were found there last."""
+    known = _known.get(model, {}).get(None)
+    return known is not None and known.still(model)
+
+
 def stack_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the base's weights in its repeated layers and input embeddings, or all if it has no such layers.
 

@@ -207,7 +207,7 @@ class Slot(nn.Module, BaseTunerLayer):
             output = adapter.leave(module, output)
         if not self._after_plan:
             return output if self._around else None
-        y: Tensor = output if isinstance(output, Tensor) else output[0]
+        y = state_of(output)
         x = self._read
         if x is not None and x.numel() * self.site.width != y.numel() * (self.site.map_width or self.site.width):
             return None  # this module also writes something else (global tokens); `settle` sees to the rest
@@ -251,14 +251,19 @@ def adapter_is_real(adapter: nn.Module) -> bool:
     return not any(p.device.type == "meta" for p in adapter.parameters())
 
 
+def state_of(output: Any) -> Tensor:
+    """Return a module's hidden state: its output, or the first of its outputs."""
+    state: Tensor = output if isinstance(output, Tensor) else output[0]
+    return state
+
+
 def with_first(output: Any, y: Tensor) -> Any:
     """Return a module's output with another hidden state."""
     if isinstance(output, tuple):
         return type(output)(y, *output[1:]) if hasattr(output, "_fields") else (y, *output[1:])
     if isinstance(output, list):
         return [y, *output[1:]]
-    first = next(iter(output))  # a ModelOutput: its first field is the hidden state
-    output[first] = y
+    output[next(iter(output))] = y  # a ModelOutput: its first field is the hidden state
     return output
 
 

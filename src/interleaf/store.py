@@ -22,7 +22,7 @@ from interleaf import adapterhub
 from interleaf.card import model_card
 from interleaf.errors import InterleafError, StoreError
 from interleaf.files import new_folder, read_json
-from interleaf.sites import stack_weights
+from interleaf.sites import as_found, stack_weights
 
 if TYPE_CHECKING:
     from interleaf.model import AdaptedModel
@@ -85,11 +85,10 @@ _fingerprints: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[str, str]]] 
 
 def _fingerprint(model: nn.Module) -> dict[str, str]:
     """Hash a base's weights, or remember what was found while none of them was written to."""
-    named = list(stack_weights(model))
-    written = [(name, t.data_ptr(), t._version) for name, t in named]
     known = _fingerprints.get(model)
-    if known is not None and known[0] == written:
+    if known is not None and as_found(model) and all(_unwritten(*one) for one in known[0]):
         return known[1]
+    named = list(stack_weights(model))
     shapes, weights = hashlib.sha256(), xxhash.xxh3_128()
     dtype = ""
     for name, tensor in named:
@@ -102,8 +101,16 @@ def _fingerprint(model: nn.Module) -> dict[str, str]:
         "dtype": dtype,
         "weights": weights.hexdigest(),
     }
-    _fingerprints[model] = written, found
+    hashed = {id(tensor) for _, tensor in named}
+    parts = [part for module in model.modules() for part in (module._parameters, module._buffers)]
+    held = [(part, key, t) for part in parts for key, t in part.items() if t is not None and id(t) in hashed]
+    _fingerprints[model] = [(part, key, t, t.data_ptr(), t._version) for part, key, t in held], found
     return found
+
+
+def _unwritten(part: dict[str, Any], key: str, tensor: Tensor, address: int, version: int) -> bool:
+    """Say whether a module has the same tensor as before, and nothing was written to it."""
+    return part.get(key) is tensor and tensor.data_ptr() == address and tensor._version == version
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -25,6 +25,7 @@ from interleaf.store import Adaptation
 from interleaf.summary import AdapterSummary
 from interleaf.tasks import TASKS, check_options
 from interleaf.tasks.base import Splits, Task
+from interleaf.tasks.rows import token_batches
 from interleaf.trunk_cache import NoCache, cut_of
 
 CHECKPOINTS = ".checkpoints"
@@ -78,7 +79,7 @@ class Run:
     def plan(self) -> Plan:
         """Say what will be trained, where, with how many parameters and how much memory."""
         summary = self.summary()
-        steps = math.ceil(len(self.splits.train) / self.settings.batch_size) * self.settings.epochs
+        steps = self._steps_a_pass() * self.settings.epochs
         return Plan(
             base=self.settings.base,
             task=self.task.name,
@@ -95,6 +96,12 @@ class Run:
             trunk_cache=self._trunk(),
             tried_layers=self.tried,
         )
+
+    def _steps_a_pass(self) -> int:
+        rows, tokens = self.splits.train, self.settings.batch_tokens
+        if tokens is None:
+            return math.ceil(len(rows) / self.settings.batch_size)
+        return len(token_batches(self.task.encode(rows, self.tokenizer), tokens, self.settings.seed))
 
     def _trunk(self) -> str:
         """Say whether layers below the adapter can be run once."""

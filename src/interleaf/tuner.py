@@ -84,7 +84,7 @@ class AdapterTuner(BaseTuner):
         running = running_of(model)
         if config.modules_to_save is None:
             config.modules_to_save = task_head(model) or None
-        first, kept = not running.slots, _training(model, running)
+        first, kept = not running.slots, _training(running)
         for site, adapter in made:
             slot_at(model, site, running, adapter).add(adapter_name, adapter, nearest_weight(model, site))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -141,10 +141,10 @@ class AdapterTuner(BaseTuner):
             yield
 
 
-def _training(model: nn.Module, running: Running) -> dict[Tensor, bool]:
+def _training(running: Running) -> dict[Tensor, bool]:
     """Note what of the active adapters and of the heads trains."""
     parts: list[Any] = [slot.adapters[n] for slot in running.slots for n in slot._active_adapter if n in slot.adapters]
-    parts += [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    parts += running.heads
     return {p: p.requires_grad for part in parts for p in part.parameters()} if running.slots else {}
 
 

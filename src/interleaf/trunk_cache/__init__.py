@@ -7,7 +7,6 @@ recorded, and the cached pass is compared with a whole one before it is used.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from interleaf.errors import StoreError
+from interleaf.tasks.rows import model_inputs
 from interleaf.trunk_cache.cut import Cut, NoCache, cut_of
 from interleaf.trunk_cache.skip import STATES, Skip, check
 from interleaf.trunk_cache.states import ROW, stored_states
@@ -35,7 +35,6 @@ class Rows:
     dev: Dataset
     collate: Callable[[list[dict[str, Any]]], Any]
     cached: str
-    keep_columns: bool = False
     pass_s: float = 0.0
     """Seconds that the cached layers take for all rows."""
 
@@ -78,9 +77,7 @@ def trunk_cache(model: Any, train: Dataset, dev: Dataset, collate: Any, settings
     count = len(train)
     try:
         parts = rows.select(range(count)), rows.select(range(count, len(rows)))
-        yield Rows(
-            *parts, with_states, f"{cut} ({states.size_bytes / 1e6:,.0f} MB)", keep_columns=True, pass_s=states.seconds
-        )
+        yield Rows(*parts, with_states, f"{cut} ({states.size_bytes / 1e6:,.0f} MB)", pass_s=states.seconds)
     finally:
         skip.remove()
 
@@ -93,9 +90,7 @@ def _numbered(model: Any, train: Dataset, dev: Dataset) -> tuple[Dataset, Datase
     """
     from datasets import concatenate_datasets
 
-    rows = concatenate_datasets([train, dev])
-    taken = inspect.signature(model.forward).parameters
-    rows = rows.select_columns([c for c in rows.column_names if c in taken or c == "labels"])
+    rows = model_inputs(concatenate_datasets([train, dev]), model)
     if not {"input_ids", "attention_mask"} <= set(rows.column_names):
         raise NoCache("the model takes no input_ids with an attention_mask")
     inputs = [c for c in rows.column_names if c != "labels"]

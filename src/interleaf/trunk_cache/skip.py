@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from interleaf.slot import state_of
+from interleaf.tasks.rows import by_length
 from interleaf.trunk_cache.cut import Cut, NoCache
 from interleaf.trunk_cache.states import States, evaluated, hidden_states, plain_row
 
@@ -55,11 +57,11 @@ class Skip:
 
     def dtype(self, layer: nn.Module) -> torch.dtype:
         """The float type that a layer gives."""
-        return _first(self.like[id(layer)]).dtype
+        return state_of(self.like[id(layer)]).dtype
 
     def forget_outputs(self) -> None:
         """Keep of each layer's last output the form alone."""
-        self.like = {key: _in_place_of(like, _first(like)[:0]) for key, like in self.like.items()}
+        self.like = {key: _in_place_of(like, state_of(like)[:0]) for key, like in self.like.items()}
 
     def remove(self) -> None:
         """Let the layers run again."""
@@ -69,11 +71,6 @@ class Skip:
             del layer.forward
             if own is not None:
                 layer.forward = own
-
-
-def _first(output: Any) -> Tensor:
-    first: Tensor = output if isinstance(output, Tensor) else output[0]
-    return first
 
 
 def _in_place_of(like: Any, states: Tensor) -> Any:
@@ -90,7 +87,7 @@ def check(model: Any, cut: Cut, skip: Skip, states: States, rows: Dataset, colla
     Raises:
         NoCache: they differ, or the layers above need more than the states.
     """
-    order = sorted(range(len(rows)), key=lambda i: states.starts[i + 1] - states.starts[i])
+    order = by_length(rows)
     for numbers in ([order[0]], [order[0], order[len(order) // 2], order[-1]]):
         batch = collate([plain_row(rows, i) for i in numbers])
         real = batch["attention_mask"].bool()

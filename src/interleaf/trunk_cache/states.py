@@ -18,7 +18,9 @@ import xxhash
 from torch import Tensor, nn
 
 from interleaf.errors import StoreError
-from interleaf.files import new_folder
+from interleaf.files import cache_folder, new_folder
+from interleaf.slot import state_of
+from interleaf.tasks.rows import by_length
 from interleaf.trunk_cache.cut import Cut, NoCache
 from interleaf.tuner import task_head
 
@@ -88,7 +90,7 @@ def stored_states(model: Any, cut: Cut, rows: Dataset, collate: Any, settings: T
     if needed > allowed:
         raise NoCache(f"it takes {needed / 1e9:.2f} GB, and cache_gb={settings.cache_gb:g}")
     root = _root()
-    ends = sorted(range(len(rows)), key=lengths.__getitem__)
+    ends = by_length(rows)
     padded = collate([plain_row(rows, i) for i in (ends[0], ends[-1])])["attention_mask"]
     if not bool(padded[:, 0].all()):
         raise NoCache("rows are padded on the left, where positions may count the padding")
@@ -129,7 +131,7 @@ def _kept(folder: Path, lengths: Sequence[int], width: int, dtype: torch.dtype) 
 
 
 def _root() -> Path:
-    root = Path(os.environ.get("INTERLEAF_CACHE") or Path.home() / ".cache" / "interleaf") / "trunk"
+    root = cache_folder() / "trunk"
     root.mkdir(parents=True, exist_ok=True)
     return root
 
@@ -162,7 +164,7 @@ def _fill(model: Any, cut: Cut, rows: Dataset, collate: Any, states: States) -> 
     """Run the layers below on all rows, like lengths together."""
     from rich.progress import track
 
-    order = sorted(range(len(rows)), key=lambda i: states.starts[i + 1] - states.starts[i])
+    order = by_length(rows)
     starts = range(0, len(order), BUILD_ROWS)
     for start in track(starts, "running the frozen layers once", disable=not sys.stderr.isatty(), transient=True):
         numbers = order[start : start + BUILD_ROWS]
@@ -189,7 +191,7 @@ def hidden_states(model: Any, cut: Cut, batch: Any) -> Tensor:
     found: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
-        found.append(output if isinstance(output, Tensor) else output[0])
+        found.append(state_of(output))
         raise _Enough
 
     hook = model.get_submodule(cut.layers[-1]).register_forward_hook(keep)
