@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from benchmarks import results
+from benchmarks import explained, results
 
 STORED = results.load()
 
@@ -40,3 +42,11 @@ def test_code_is_better_with_the_adapter() -> None:
     assert metrics["loss"] < metrics["base"]["loss"]
     assert metrics["valid_syntax"] > metrics["base"]["valid_syntax"]
     assert STORED["code"]["other"]["on"]["problems"] == 164
+
+
+def test_units_that_are_named_important_are_so() -> None:
+    stored = json.loads(explained.STORED.read_text("utf-8"))
+    assert explained.page(stored) == explained.PAGE.read_text("utf-8")
+    for run in stored["seeds"]:
+        for check in run["faithful"][:2]:
+            assert check["important"] > max(check["random"])
