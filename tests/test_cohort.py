@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from interleaf.cli.cohort_cmd import varied
 from interleaf.cohort import prepare_cohort, train_cohort
-from interleaf.cohort.joined import Call, run_joined
+from interleaf.cohort.joined import Call, run_joined, that_fit
 from interleaf.errors import ConfigError, TrainingError
 from interleaf.settings import TrainSettings
 from interleaf.train import prepare
@@ -94,6 +94,16 @@ def test_tasks_with_heads_of_their_own_share_a_base(encoder: TrainSettings, tmp_
     (tmp_path / "colours.csv").write_text("\n".join(["text,label", *rows]))
     other = replace(encoder, train=str(tmp_path / "colours.csv"), out=str(tmp_path / "colours"), adapter_options={})
     assert_same_as_alone([replace(encoder, adapter_options={}), other])
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the limit is a CPU's")
+def test_calls_are_joined_up_to_what_a_cpu_has_caches_for() -> None:
+    def call(tokens: int) -> Call:
+        return Call(0, 8, tokens, False, False, False, None, (), {}, ())
+
+    assert that_fit([call(1000), call(1000), call(1000)]) == 2
+    assert that_fit([call(5000), call(10)]) == 1
+    assert that_fit([call(100)]) == 1
 
 
 # ---- one trunk pass

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from interleaf.cohort.joined import Apart, Call, call_of, joined_slots, layers_of, run_joined
+from interleaf.cohort.joined import Apart, Call, call_of, joined_slots, layers_of, run_joined, that_fit
 from interleaf.cohort.turns import Member
 from interleaf.errors import ConfigError, InterleafError, TrainingError
 from interleaf.settings import TrainSettings
@@ -179,6 +179,7 @@ def _answers(waiting: Sequence[Member], shared: Sequence[tuple[str, nn.Module]])
         return [(member, None) for member in waiting]
     first = min(calling, key=lambda member: member.wants.place)
     group = [member for member in calling if member.wants.form == first.wants.form]
+    group = group[: that_fit([member.wants for member in group])]
     return list(zip(group, _joined([member.wants for member in group], shared), strict=True))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from interleaf.adapter import Around
 from interleaf.blocks import stacks_of
 from interleaf.slot import Slot, slots, state_of, with_first
+
+CPU_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Call:
 
     place: int
     rows: int
+    tokens: int
     training: bool
     grad: bool
     inference: bool
@@ -47,13 +50,14 @@ def call_of(place: int, layer: nn.Module, own: Sequence[Slot], args: Any, kwargs
     """Describe a call that could be made together with others', or None."""
     kwargs = {k: v for k, v in kwargs.items() if k != "num_items_in_batch"}  # the Trainer's, for the loss
     given = [*args, *kwargs.values()]
-    rows = next((v.shape[0] for v in given if isinstance(v, Tensor) and v.ndim > 1), 0)
+    shape = next((v.shape for v in given if isinstance(v, Tensor) and v.ndim > 1), (0, 0))
+    rows = shape[0]
     modes = layer.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     try:
         form = (place, modes, _form(args, rows), _form(kwargs, rows))
     except Apart:
         return None
-    return Call(place, rows, *modes, form, args, kwargs, own) if rows else None
+    return Call(place, rows, rows * shape[1], *modes, form, args, kwargs, own) if rows else None
 
 
 def _form(value: Any, rows: int) -> Hashable:
@@ -67,6 +71,13 @@ def _form(value: Any, rows: int) -> Hashable:
     if value is None or isinstance(value, bool | int | float | str):
         return type(value), value
     raise Apart  # keys and values of earlier tokens, say
+
+
+def that_fit(calls: Sequence[Call]) -> int:
+    """Return how many of the first calls are worth to be one: on a CPU, larger ones leave its caches."""
+    if torch.accelerator.is_available():
+        return len(calls)
+    return max(1, sum(end <= CPU_TOKENS for end in accumulate(call.tokens for call in calls)))
 
 
 def joined_slots(model: nn.Module) -> dict[int, list[Slot]] | None:
