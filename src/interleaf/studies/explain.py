@@ -59,6 +59,7 @@ class Subject:
     rows: Dataset
     batch_size: int = 32
     places: list[Place] = field(init=False)
+    now: Batch = field(init=False)
 
     def __post_init__(self) -> None:
         if len(self.rows) < 2:
@@ -77,15 +78,22 @@ class Subject:
         for batch in loader:
             yield {k: v.to(self.opened.model.device) for k, v in batch.items()}
 
+    def passes(self, hooks: Sequence[Any] = ()) -> Iterator[Any]:
+        """Run the model over all rows, `now` being the batch that runs; take hooks off afterwards."""
+        try:
+            with torch.inference_mode():
+                for self.now in self.batches():
+                    yield self.opened.model(**self.now)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def loss(self) -> float:
         """Return the mean loss of a row (of a batch's tokens, where the answer is a text)."""
-        total, count = 0.0, 0
-        with torch.inference_mode():
-            for batch in self.batches():
-                rows = len(batch["input_ids"])
-                total += float(self.opened.model(**batch).loss) * rows
-                count += rows
-        return total / count
+        sums = [
+            (float(output.loss) * len(self.now["input_ids"]), len(self.now["input_ids"])) for output in self.passes()
+        ]
+        return sum(loss for loss, _ in sums) / sum(rows for _, rows in sums)
 
 
 def explain(subject: Subject, attributed: int = 4, seed: int = 0) -> dict[str, Any]:
@@ -119,26 +127,21 @@ def explain(subject: Subject, attributed: int = 4, seed: int = 0) -> dict[str, A
 def writes(subject: Subject) -> list[dict[str, Any]]:
     """Say for each place how large what the adapter adds is beside what the layer gives, and in which direction."""
     sums: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
-    mask: dict[str, Tensor] = {}
 
     def hook(number: int) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             y = args[1].float()
             change = output.float() - y
-            real = _real(mask["now"], y)
+            real = _real(subject.now["attention_mask"], y)
             sums[number][0] += float((change.norm(dim=-1) / y.norm(dim=-1).clamp_min(1e-9))[real].sum())
             sums[number][1] += float(torch.cosine_similarity(change, y, dim=-1)[real].sum())
             sums[number][2] += int(real.sum())
 
         return note
 
-    with contextlib.ExitStack() as stack:
-        for number, place in enumerate(subject.places):
-            stack.callback(place.adapter.register_forward_hook(hook(number)).remove)
-        with torch.inference_mode():
-            for batch in subject.batches():
-                mask["now"] = batch["attention_mask"]
-                subject.opened.model(**batch)
+    hooks = [place.adapter.register_forward_hook(hook(number)) for number, place in enumerate(subject.places)]
+    for _ in subject.passes(hooks):
+        pass
     return [
         {
             "place": place.label,
@@ -161,9 +164,8 @@ def _real(mask: Tensor, y: Tensor) -> Tensor:
 def observed(subject: Subject) -> list[dict[str, Any]]:
     """Return the mean of what adapters show of themselves: gates, routers, a fusion's attentions."""
     sums: dict[tuple[str, str, str], list[Tensor]] = defaultdict(list)
-    with torch.inference_mode(), subject.opened.model.observe() as found:
-        for batch in subject.batches():
-            subject.opened.model(**batch)
+    with subject.opened.model.observe() as found:
+        for _ in subject.passes():
             for (name, place), values in found.items():
                 for what, value in values.items():
                     last = value.float().flatten(0, -2) if value.ndim > 1 else value.float().reshape(-1, 1)
@@ -221,11 +223,10 @@ def units(subject: Subject, examples: int = 3) -> list[dict[str, Any]]:
     sizes: dict[int, Tensor] = {}
     tops: dict[int, list[tuple[Tensor, list[str]]]] = defaultdict(list)
     counts: dict[int, int] = defaultdict(int)
-    now: Batch = {}
 
     def hook(number: int) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            h = args[0].float()
+            h, now = args[0].float(), subject.now
             real = _real(now["attention_mask"], h)
             kept = h[real].abs()
             sizes[number] = sizes.get(number, torch.zeros(h.shape[-1], device=h.device)) + kept.sum(0)
@@ -237,18 +238,12 @@ def units(subject: Subject, examples: int = 3) -> list[dict[str, Any]]:
 
         return note
 
-    with contextlib.ExitStack() as stack:
-        for number, place in enumerate(places):
-            assert place.up is not None
-            stack.callback(place.up.register_forward_pre_hook(hook(number)).remove)
-        with torch.inference_mode():
-            for batch in subject.batches():
-                now.update(batch)
-                subject.opened.model(**batch)
+    ups = [place.up for place in places if place.up is not None]
+    for _ in subject.passes([up.register_forward_pre_hook(hook(number)) for number, up in enumerate(ups)]):
+        pass
     found = []
-    for number, place in enumerate(places):
-        assert place.up is not None
-        scores = sizes[number] / counts[number] * place.up.weight.detach().float().norm(dim=0)
+    for number, (place, up) in enumerate(zip(places, ups, strict=True)):
+        scores = sizes[number] / counts[number] * up.weight.detach().float().norm(dim=0)
         for unit, score in enumerate(scores.tolist()):
             tokens = _best(tops[number], unit, examples)
             found.append({"place": place.label, "number": number, "unit": unit, "score": score, "tokens": tokens})
@@ -296,24 +291,18 @@ def similarity(subject: Subject) -> list[dict[str, Any]]:
 def _states(subject: Subject, layers: Sequence[tuple[str, nn.Module]]) -> dict[str, Tensor]:
     """Return each layer's output, the mean of a row's tokens, shape [N, D]."""
     found: dict[str, list[Tensor]] = defaultdict(list)
-    now: Batch = {}
 
     def hook(name: str) -> Any:
         def note(module: nn.Module, args: Any, output: Any) -> None:
             y = state_of(output).float()
-            if y.ndim == 3 and len(y) == len(now["input_ids"]):
-                real = _real(now["attention_mask"], y).unsqueeze(-1)
+            if y.ndim == 3 and len(y) == len(subject.now["input_ids"]):
+                real = _real(subject.now["attention_mask"], y).unsqueeze(-1)
                 found[name].append(((y * real).sum(1) / real.sum(1)).cpu())
 
         return note
 
-    with contextlib.ExitStack() as stack:
-        for name, layer in layers:
-            stack.callback(layer.register_forward_hook(hook(name)).remove)
-        with torch.inference_mode():
-            for batch in subject.batches():
-                now.update(batch)
-                subject.opened.model(**batch)
+    for _ in subject.passes([layer.register_forward_hook(hook(name)) for name, layer in layers]):
+        pass
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
