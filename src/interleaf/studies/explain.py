@@ -82,18 +82,17 @@ class Subject:
         """Run the model over all rows, `now` being the batch that runs; take hooks off afterwards."""
         try:
             with torch.inference_mode():
-                for self.now in self.batches():
-                    yield self.opened.model(**self.now)
+                for batch in self.batches():
+                    self.now = batch
+                    yield self.opened.model(**batch)
         finally:
             for hook in hooks:
                 hook.remove()
 
     def loss(self) -> float:
         """Return the mean loss of a row (of a batch's tokens, where the answer is a text)."""
-        sums = [
-            (float(output.loss) * len(self.now["input_ids"]), len(self.now["input_ids"])) for output in self.passes()
-        ]
-        return sum(loss for loss, _ in sums) / sum(rows for _, rows in sums)
+        sums = [(float(output.loss), len(self.now["input_ids"])) for output in self.passes()]
+        return sum(loss * rows for loss, rows in sums) / sum(rows for _, rows in sums)
 
 
 def explain(subject: Subject, attributed: int = 4, seed: int = 0) -> dict[str, Any]:
