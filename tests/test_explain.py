@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from interleaf import bundled
-from interleaf.cli import explain_cmd  # noqa: F401  (registers the verb)
-from interleaf.cli.app import app
 from interleaf.errors import DataError
 from interleaf.evaluate import open_adapter
 from interleaf.settings import TrainSettings
 from interleaf.studies.explain import Subject, cka, compare_two, explain, units, without_units, writes
 from interleaf.train import prepare
+from tests.test_cli import run
+
+__all__ = ["run"]
 
 
 @pytest.fixture(scope="module")
@@ -53,29 +54,51 @@ def adapter(data: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return trained(tmp_path_factory.mktemp("trained"), data)
 
 
+def opened_on(adapter: str, data: str) -> Subject:
+    opened = open_adapter(adapter)
+    return Subject(opened, opened.task.load_one(data).select(range(40)))
+
+
 @pytest.fixture
 def subject(adapter: str, data: str) -> Subject:
-    opened = open_adapter(adapter)
-    return Subject(opened, opened.task.load_one(data).select(range(60)))
+    return opened_on(adapter, data)
 
 
-def test_what_is_named_important_costs_more_than_as_much_at_random(subject: Subject) -> None:
-    found = explain(subject, attributed=0)
-    for check in found["faithful"][:2]:
+@dataclass
+class Looked:
+    """What was found, and the model before and after."""
+
+    subject: Subject
+    found: dict[str, Any]
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+def condition(subject: Subject) -> dict[str, Any]:
+    model = subject.opened.model
+    hooks = {name: len(module._forward_hooks) for name, module in model.named_modules()}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {"weights": weights, "hooks": hooks, "setup": str(model.active_setup), "loss": subject.loss()}
+
+
+@pytest.fixture(scope="module")
+def looked(adapter: str, data: str) -> Looked:
+    subject = opened_on(adapter, data)
+    before = condition(subject)
+    return Looked(subject, explain(subject, attributed=1), before, condition(subject))
+
+
+def test_what_is_named_important_costs_more_than_as_much_at_random(looked: Looked) -> None:
+    for check in looked.found["faithful"][:2]:
         assert check["important"] > max(check["random"])
-    json.dumps(found)
+    json.dumps(looked.found)
 
 
-def test_looking_changes_nothing(subject: Subject) -> None:
-    before = {k: v.clone() for k, v in subject.opened.model.state_dict().items()}
-    setup, loss = str(subject.opened.model.active_setup), subject.loss()
-    explain(subject, attributed=1)
-    after = subject.opened.model.state_dict()
+def test_looking_changes_nothing(looked: Looked) -> None:
+    before, after = looked.before.pop("weights"), looked.after.pop("weights")
+    assert looked.before == looked.after
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[k], after[k]) for k in before)
-    assert str(subject.opened.model.active_setup) == setup
-    assert subject.loss() == loss
-    assert not any(m._forward_hooks and "adapters" in n for n, m in subject.opened.model.named_modules())
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_an_adapter_that_writes_nothing_is_said_to_write_nothing(subject: Subject) -> None:
@@ -89,8 +112,8 @@ def test_an_adapter_that_writes_nothing_is_said_to_write_nothing(subject: Subjec
     assert len(told) == 1 + len(others) == 6
 
 
-def test_only_layers_with_the_adapter_are_taken_out_and_layers_below_are_alike(subject: Subject) -> None:
-    found = explain(subject, attributed=0)
+def test_only_layers_with_the_adapter_are_taken_out_and_layers_below_are_alike(looked: Looked) -> None:
+    found = looked.found
     assert [row["layer"] for row in found["layers"]] == [3, 4, 5]
     alike = [row["cka"] for row in found["similarity"]]
     assert alike[:3] == pytest.approx([1, 1, 1], abs=1e-6)
@@ -111,8 +134,9 @@ def test_units_come_with_tokens_of_the_text_and_can_be_taken_out(subject: Subjec
     assert torch.equal(place.up.weight, kept)
 
 
-def test_attributions_add_up_to_what_the_answer_has_over_padding(subject: Subject) -> None:
-    (row,) = explain(subject, attributed=1)["attributions"]
+def test_attributions_add_up_to_what_the_answer_has_over_padding(looked: Looked) -> None:
+    (row,) = looked.found["attributions"]
+    subject = looked.subject
     model, tokenizer = subject.opened.model, subject.opened.tokenizer
     ids = torch.tensor([tokenizer.convert_tokens_to_ids([token for token, _ in row["tokens"]])])
     blank = torch.full_like(ids, tokenizer.pad_token_id)
@@ -145,15 +169,11 @@ def test_two_adapters_are_compared(adapter: str, subject: Subject) -> None:
     assert found["loss"]["stack"] != found["loss"]["alone"]
 
 
-def test_the_command_prints_tables_and_writes_a_page(adapter: str, data: str, tmp_path: Path) -> None:
-    asked = ["explain", adapter, data, "--limit", "20", "--attribute", "1", "--out", str(tmp_path / "page")]
-    result = CliRunner().invoke(app, asked)
-    assert result.exit_code == 0, result.output
+def test_the_command_prints_tables_and_writes_a_page(run: Any, adapter: str, data: str, tmp_path: Path) -> None:
+    told = run("explain", adapter, data, "--limit", "10", "--attribute", "1", "--out", str(tmp_path / "page"))
     for word in ("Where it writes", "What depends on it", "How far the base moves", "What its units answer to"):
-        assert word in result.output
+        assert word in told
         assert word in (tmp_path / "page" / "report.html").read_text("utf-8")
-    told = CliRunner().invoke(app, ["explain", adapter, data, "--limit", "20", "--attribute", "0", "--json"])
-    assert json.loads(told.stdout)["rows"] == 20
 
 
 def test_one_row_is_refused(subject: Subject) -> None:
