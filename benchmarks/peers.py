@@ -319,7 +319,9 @@ def of_task(title: str, task: str) -> Any:
             for name in LABELS
             for one in runs[name]
         ]
-        drawn = curves(f"Accuracy over time: {title}", lines, "Each line is a seed; its points are the passes.")
+        drawn = curves(
+            f"Accuracy over time: {title}", lines, "Each line is a seed; its points are the passes.", "seconds"
+        )
         targets = ["{:.4f}".format(race["target"]) for race in raced]
         ratios = ["– (never reached here)" if (r := race["ratio"]) is None else f"{r:.2f}" for race in raced]
         asked = f"{told['train']:,} rows to train on, {told['dev']:,} held out, {told['epochs']} passes at most"

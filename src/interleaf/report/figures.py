@@ -89,8 +89,8 @@ def _figure(canvas: Canvas, title: str, alt: str, reading: str) -> Figure:
     return Figure(title, svg.strip(), alt, reading)
 
 
-def curves(title: str, lines: Sequence[Line], reading: str) -> Figure:
-    """Draw lines over the passes through the training data."""
+def curves(title: str, lines: Sequence[Line], reading: str, across: str = "passes over the training data") -> Figure:
+    """Draw lines over the passes through the training data, or over what `across` says."""
     names = list(dict.fromkeys(line.name for line in lines))
     with _drawing(2.5) as (canvas, axes):
         for line in lines:
@@ -99,7 +99,7 @@ def curves(title: str, lines: Sequence[Line], reading: str) -> Figure:
             marker = "o" if len(line.x) <= 30 else None
             shown = None if any(line.name == made.get_label() for made in axes.lines) else line.name
             axes.plot(line.x, line.y, label=shown or "_again", marker=marker, markersize=3.5, **style)
-        axes.set_xlabel("passes over the training data")
+        axes.set_xlabel(across)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=max(x for line in lines for x in line.x) >= 2))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.margins(y=0.1)
