@@ -62,14 +62,16 @@ def section(stored: dict[str, Any]) -> str:
         "movie reviews with a seed of its own and explained on 300 held-out ones. What the loss grows by when units "
         "that are named first are taken out, beside as many at random (three draws each); mean and 95% interval.",
         "",
-        "| units taken out | loss with all | cost of those named first | cost at random |",
-        "|---|---|---|---|",
+        "| units taken out | loss with all | cost of those named first | cost at random | seeds in which it is more |",
+        "|---|---|---|---|---|",
     ]
     for number, check in enumerate(runs[0]["faithful"]):
         first = interval([run["faithful"][number]["important"] for run in runs])
         drawn = interval([sum(run["faithful"][number]["random"]) / len(check["random"]) for run in runs])
         loss = interval([run["loss"] for run in runs])
+        more = sum(run["faithful"][number]["important"] > max(run["faithful"][number]["random"]) for run in runs)
         cells = [f"{check['share']:.0%} ({check['units']})", *(shown(one) for one in (loss, first, drawn))]
+        cells.append(f"{more} of {len(runs)}")
         lines.append(f"| {' | '.join(cells)} |")
     layers = [
         f"layer {row['layer']}: {shown(interval([run['layers'][i]['cost'] for run in runs]))}"
