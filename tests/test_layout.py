@@ -24,7 +24,7 @@ RANKS = [
     ["adapterhub"],
     ["store"],
     ["tasks"],
-    ["forgetting", "trunk_cache", "fit", "depth", "train", "evaluate"],
+    ["forgetting", "trunk_cache", "fit", "depth", "widths", "train", "evaluate"],
     ["cohort"],
     ["compare", "demo", "report"],
     ["studies"],

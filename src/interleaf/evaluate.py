@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from interleaf import adapterhub, store
-from interleaf.compose import Fuse, by_row, head_of, leaves, parse, replace_children
+from interleaf.adapters import FusionConfig
+from interleaf.compose import Fuse, Stack, by_row, head_of, leaves, parse, replace_children
 from interleaf.errors import ConfigError, StoreError
 from interleaf.model import adapt
 from interleaf.slot import slots
@@ -88,7 +89,7 @@ def open_adapter(
         BaseModelError: the base cannot be found.
         ConfigError: a composition that gives no one answer a row, or layers that cannot be skipped.
     """
-    node = _read_setup(setup)
+    node = _with_what_it_needs(_read_setup(setup))
     stored = {path: _read(path) for path in leaves(node)}
     with_task = [path for path, one in stored.items() if one is not None and one.adaptation.task]
     if not with_task:
@@ -101,7 +102,11 @@ def open_adapter(
         raise StoreError(f"{with_task[-1]} does not say which base it was trained on. Name it with --base.")
     tokenizer = task.tokenizer(base)
     model = adapt(task.model(base))
-    names = {path: model.load_adapter(path, name, tokenizer=tokenizer) for path, name in _names(stored).items()}
+    names = {
+        # a composition gives one answer, by one head: another's may have other labels
+        path: model.load_adapter(path, name, tokenizer=tokenizer, with_head=None if path == with_task[-1] else False)
+        for path, name in _names(stored).items()
+    }
     _activate(model, _renamed(node, names), skip_layers, names[with_task[-1]])
     if torch.cuda.is_available():
         model.to("cuda")
@@ -117,6 +122,15 @@ def _read_setup(setup: str | Path) -> Any:
         if isinstance(part, Fuse) and not part.settings():
             raise ConfigError(f'{part}: name the folder of the trained fusion too: fuse(a, b, name="out/fused").')
     return node
+
+
+def _with_what_it_needs(node: Any) -> Any:
+    """Put below an adapter that stands alone those that it was trained onto."""
+    one = _read(node) if isinstance(node, str) else None
+    onto = one.adaptation.run.get("onto") if one is not None else None
+    if not onto:
+        return node
+    return Fuse(*onto, name=node) if one is not None and isinstance(one.config, FusionConfig) else Stack(*onto, node)
 
 
 def _parts(node: Any) -> list[Any]:
@@ -167,7 +181,7 @@ def _renamed(node: Any, names: dict[str, str]) -> Any:
 def _activate(model: Any, node: Any, skip_layers: str | list[int] | None, with_task: str) -> None:
     """Run a composition, and check that its head is the task's and that layers to skip have adapters."""
     model.set_adapter(node, skip_layers=skip_layers)
-    heads = {name for wrapper in model._wrappers() for name in wrapper.modules_to_save}
+    heads = [name for name, config in model.adapters.items() if config.modules_to_save]
     if (head := head_of(node, heads)) not in ("", with_task):
         raise StoreError(f"{node}: the head of {head!r} would be used, but it was stored without a task.")
     if skip_layers is None:

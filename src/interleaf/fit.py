@@ -15,9 +15,11 @@ import torch
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-import interleaf.adapters  # noqa: F401  (registers the kinds)
+from interleaf import store
 from interleaf.adapter import as_config
-from interleaf.errors import StoreError, TrainingError
+from interleaf.adapters import FusionConfig
+from interleaf.compose import Fuse, Stack
+from interleaf.errors import ConfigError, StoreError, TrainingError
 from interleaf.files import disk_trouble
 from interleaf.model import AdaptedModel, adapt
 from interleaf.settings import TrainSettings
@@ -39,12 +41,48 @@ class Fitted:
 
 
 def adapted_model(task: Task, settings: TrainSettings) -> Any:
-    """Load a base and put the adapter in that is to be trained; head and adapter start from the run's seed."""
+    """Load a base and put the adapter in that is to be trained; head and adapter start from the run's seed.
+
+    Raises:
+        ConfigError: unknown or contradictory settings of the adapter.
+        StoreError: a stored adapter to start from, or to train onto, that does not fit.
+    """
     set_seed(settings.seed)
     model: Any = adapt(task.model(settings.base))
-    model.add_adapter(settings.name, as_config(settings.adapter, **settings.adapter_options))
-    model.train_adapter(settings.name)
+    name = settings.name
+    if settings.start is not None:
+        begin_from(model, settings.start, name)
+        model.train_adapter(name)
+    elif settings.onto or settings.adapter == "fusion":
+        _train_onto(model, settings)
+    else:
+        model.add_adapter(name, as_config(settings.adapter, **settings.adapter_options))
+        model.train_adapter(name)
     return model.to(PartialState().device)  # the Trainer's: what is done before it is done there too
+
+
+def begin_from(model: Any, path: str, name: str) -> None:
+    """Add an adapter with the weights of a stored one, and with a fresh head."""
+    config: Any = store.read(path).config
+    config.modules_to_save, config.inference_mode = None, False
+    model.add_adapter(name, config)
+    model.load_adapter(path, name, with_head=False)
+
+
+def _train_onto(model: Any, settings: TrainSettings) -> None:
+    names = [str(store.read(path).record.get("name", "default")) for path in settings.onto]
+    if twice := [name for name in names if [*names, settings.name].count(name) > 1]:
+        raise ConfigError(f"onto: two adapters are called {twice[0]!r}. Train them with a `name` of their own.")
+    for path in settings.onto:
+        model.load_adapter(path, with_head=False)
+    if settings.adapter != "fusion":
+        model.add_adapter(settings.name, as_config(settings.adapter, **settings.adapter_options))
+        model.train_adapter(settings.name, within=Stack(*names, settings.name))
+        return
+    if len(names) < 2:
+        raise ConfigError("adapter: fusion: name two stored adapters or more in `onto`, for it to fuse.")
+    model.add_adapter(settings.name, FusionConfig(children=names, **settings.adapter_options))
+    model.train_adapter(Fuse(*names, name=settings.name))
 
 
 def fit(

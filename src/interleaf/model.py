@@ -20,7 +20,7 @@ from interleaf.errors import AdapterError, BaseModelError
 from interleaf.forward import Running, repeat, running_in
 from interleaf.sites import layer_numbers
 from interleaf.slot import Slot
-from interleaf.tuner import AdapterTuner, remove_empty_slots, task_head, teach_trainer
+from interleaf.tuner import AdapterTuner, remove_empty_slots, teach_trainer, training_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -313,7 +313,19 @@ class AdaptedModel:
         """Write one adapter and its head to a folder of its own; see `store.save`."""
         from interleaf import store
 
-        return store.save(self, path, self._name(name), run, **options)
+        self._known(name)
+        return store.save(self, path, name, run, **options)
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:
+        """Write what transformers writes; where several adapters run, the one that trains.
+
+        Raises:
+            AdapterError: several run, and not just one of them trains.
+        """
+        if len(self.active_adapters()) < 2:
+            cast("PreTrainedModel", super()).save_pretrained(save_directory, **options)
+        else:  # transformers refuses
+            self.save_adapter(save_directory, training_adapter(self), overwrite=True)
 
     def load_adapter(self, path: str | Path, name: str | None = None, **options: Any) -> str:
         """Read an adapter from a folder or the hub; an adapter of that name gets its weights; see `store.load`."""
@@ -336,9 +348,6 @@ class AdaptedModel:
     @property
     def _module(self) -> PreTrainedModel:
         return self
-
-    def _wrappers(self) -> list[AuxiliaryTrainingWrapper]:
-        return [layer for layer in self._adapter_layers() if isinstance(layer, AuxiliaryTrainingWrapper)]
 
     def _adapter_layers(self) -> list[Any]:
         return list(self._named_layers().values())
@@ -369,10 +378,6 @@ class AdaptedModel:
                 found[place] = layer.modules_to_save[name]
         return found
 
-    def _name(self, name: str) -> str:
-        self._known(name)
-        return name
-
     def _known(self, name: str) -> PeftConfig:
         if name not in self.adapters:
             there = ", ".join(self.adapters) or "none"
@@ -391,6 +396,3 @@ def adapter_tensors(model: Any, name: str) -> dict[str, Any]:
     else:  # the same without a look at the whole model
         tensors = {f"{at}.{k}": v for at, part in model.parts(name).items() for k, v in part.state_dict().items()}
     return {k if k.startswith("base_model.model.") else f"base_model.model.{k}": v for k, v in tensors.items()}
-
-
-__all__ = ["AdaptedModel", "adapt", "adapter_tensors", "task_head"]

@@ -33,6 +33,12 @@ class TrainSettings:
     """Preset to start from."""
     adapter_options: dict[str, Any] = field(default_factory=dict)
     """Settings that differ from the preset's."""
+    start: str | None = None
+    """Stored adapter to start from: its weights and settings; a head is this run's own."""
+    onto: list[str] = field(default_factory=list)
+    """Stored adapters that run before the new one and stay as they are; `adapter: fusion` fuses them."""
+    unit_budget: int | None = None
+    """Bottleneck units in all that a bottleneck adapter keeps: it starts wider, and the places share them by need."""
     layers_tolerance: float = 0.01
     """With `layers: auto` among the adapter's options: dev score that fewer layers may cost (of a loss, its share)."""
     text: str | None = None
@@ -100,6 +106,10 @@ class TrainSettings:
             raise ConfigError(f"cache_dtype={self.cache_dtype!r}: expected float32, bfloat16 or float16.")
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise ConfigError(f"batch_tokens={self.batch_tokens}: expected 1 or more.")
+        if self.unit_budget is not None and self.resume:
+            raise ConfigError("unit_budget: what units were worth is not in a checkpoint, so such a run cannot resume.")
+        if self.start is not None and (self.adapter_options or self.onto):
+            raise ConfigError("start: the stored adapter keeps its settings and stands alone. Leave out the others.")
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"patience={self.patience}: expected 1 or more.")
         if self.forget_budget is not None and (self.forget_budget < 0 or self.earlier is None):

@@ -188,11 +188,12 @@ def load(
     *,
     is_trainable: bool = False,
     tokenizer: Any = None,
-    with_head: bool = False,
+    with_head: bool | None = None,
 ) -> str:
     """Load an adapter onto a model and make it active; an adapter of that name gets the weights instead.
 
-    `with_head` is for AdapterHub's folders: load the prediction head too. Our own always bring theirs.
+    Args:
+        with_head: bring the task's head along; by default our own adapters do and AdapterHub's do not.
 
     Returns:
         the adapter's name.
@@ -202,37 +203,52 @@ def load(
     """
     folder = _folder(path)
     if adapterhub.is_adapterhub(folder):
-        name = adapterhub.load(model, folder, name, with_head=with_head)
+        name = adapterhub.load(model, folder, name, with_head=bool(with_head))
         _trainable(model, name, is_trainable)
         return name
-    if with_head:
-        raise StoreError(f"with_head: {folder} is not AdapterHub's; an adapter brings the head it was saved with.")
     stored = read(folder)
     _same_base(stored, model._module, tokenizer)
     name = name or stored.record.get("name", "default")
     fresh = name not in model.adapters
+    if with_head is False:
+        stored = _headless(stored)
     before = model.active_adapters()
     if fresh:
         stored.config.inference_mode = not is_trainable
         with torch.random.fork_rng(devices=[]):  # loading draws no random numbers a user could notice
             model._inject(stored.config, name)
     try:
-        _fill(model._module, stored, name)
+        _fill(model._module, stored, name, with_head is not False)
     except StoreError:
         if fresh:
             model.delete_adapter(name)
             model.set_adapter(before) if before else None
         raise
     if fresh or is_trainable:
-        model.set_adapter(name)
+        if name not in before:  # what runs with others goes on doing so
+            model.set_adapter(name)
         _trainable(model, name, is_trainable)
     return name
 
 
-def _fill(model: nn.Module, stored: Stored, name: str) -> None:
+def _headless(stored: Stored) -> Stored:
+    """Return the same without the head."""
+    kept = _without_head(stored.tensors, stored.config)
+    stored.config.modules_to_save = []
+    return dataclasses.replace(stored, tensors=kept)
+
+
+def _without_head(tensors: dict[str, Tensor], config: PeftConfig) -> dict[str, Tensor]:
+    heads = tuple(f"base_model.model.{name}." for name in getattr(config, "modules_to_save", None) or [])
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(heads)}
+
+
+def _fill(model: Any, stored: Stored, name: str, with_head: bool) -> None:
     from interleaf.model import adapter_tensors
 
     expected = adapter_tensors(model, name)
+    if not with_head:
+        expected = _without_head(expected, model.peft_config[name])
     where = f"{stored.path / WEIGHTS} does not fit this model"
     if missing := sorted(expected.keys() - stored.tensors.keys()):
         raise StoreError(f"{where}: {len(missing)} tensors are missing, the first is {missing[0]}.")

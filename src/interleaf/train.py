@@ -27,6 +27,7 @@ from interleaf.tasks import TASKS, check_options
 from interleaf.tasks.base import Splits, Task
 from interleaf.tasks.rows import token_batches
 from interleaf.trunk_cache import NoCache, cut_of
+from interleaf.widths import Pruning, narrow
 
 CHECKPOINTS = ".checkpoints"
 LOGS = "runs"  # where the Trainer has TensorBoard's files
@@ -142,7 +143,12 @@ class Run:
         memory = self._memory()
         if memory is not None and self.settings.forget_budget is not None:
             callbacks = (*callbacks, ForgetBudget(memory, self.settings.forget_budget, self.task.best_metric))
+        budget, name = self.settings.unit_budget, self.settings.name
+        if budget is not None:
+            callbacks = (*callbacks, Pruning(self.model, name, budget, self.task.best_metric))
         fitted = fit(self.model, self.task, self.tokenizer, self.splits, self.settings, scratch, callbacks)
+        if budget is not None:
+            narrow(self.model, name)
         metrics = self.task.evaluate(self.model, self.tokenizer, self.splits.dev, 2 * self.settings.batch_size)
         metrics |= {"base": base} if base else {}
         metrics |= {"forgetting": memory.told(self.model, adapted=True)} if memory else {}

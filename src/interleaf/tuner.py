@@ -345,6 +345,22 @@ def _quiet(model: Any) -> Iterator[None]:
             slot._disable_adapters = disabled
 
 
+def training_adapter(model: Any) -> str:
+    """Return the one active adapter that trains.
+
+    Raises:
+        AdapterError: none does, or several do, so that a checkpoint of one adapter cannot hold them.
+    """
+    active = model.active_adapters()
+    trained = [n for n in active if any(p.requires_grad for part in model.parts(n).values() for p in part.parameters())]
+    if len(active) == 1 or len(trained) == 1:
+        return str((trained or active)[0])
+    raise AdapterError(
+        f"a checkpoint holds one adapter, and of {', '.join(active)} {len(trained)} train. Train one at a time, "
+        "or turn checkpoints off (save_strategy='no') and save each with save_adapter."
+    )
+
+
 def teach_trainer(adapted_cls: Any) -> None:
     """Let the stock Trainer resume, and load the best of, models adapted without a PeftModel.
 
@@ -360,14 +376,14 @@ def teach_trainer(adapted_cls: Any) -> None:
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
         model = self.model if model is None else model
         if isinstance(model, adapted_cls) and model.adapters:
-            model.load_adapter(resume_from_checkpoint, model.active_adapters()[0], is_trainable=True)
+            model.load_adapter(resume_from_checkpoint, training_adapter(model), is_trainable=True)
         else:
             load_checkpoint(self, resume_from_checkpoint, model)
 
     def _load_best_model(self: Any) -> None:
         if isinstance(self.model, adapted_cls) and self.model.adapters:
             best = self.state.best_model_checkpoint
-            self.model.load_adapter(best, self.model.active_adapters()[0], is_trainable=True)
+            self.model.load_adapter(best, training_adapter(self.model), is_trainable=True)
         else:
             load_best(self)
 

@@ -128,13 +128,15 @@ def _settings(model: AdaptedModel, name: str, there: list[Place]) -> dict[str, A
 def _sizes(base: nn.Module, name: str, here: list[Place]) -> dict[int, tuple[int, int]]:
     """Return the widths of model and bottleneck of each layer."""
     layers = {p.write: p.index for p in here} | {p.norm: p.index for p in here if p.norm}
-    found = {}
+    found: dict[int, tuple[int, int]] = {}
     for slot in slots(base):
         if name in slot.adapters and slot.site.write in layers:
             adapter: Any = slot.adapters[name]
             compacter = type(adapter).__name__ == "Compacter"
             size = (adapter.up.bias.shape[0], adapter.down.bias.shape[0]) if compacter else adapter.up.weight.shape
-            found[layers[slot.site.write]] = size
+            layer = layers[slot.site.write]
+            if found.setdefault(layer, size) != size:
+                raise StoreError(f"{name!r}: AdapterHub has one width a layer; layer {layer} has several here.")
     return found
 
 

@@ -50,8 +50,8 @@ class BottleneckConfig(AdapterConfig):
     connection: str = "serial"
     """How it joins the layer: serial (its output), serial_input (its input), parallel, skip; or stream: fed the
     layer's output plus its input, through the pretrained norm if a target names one (AdapterHub's `seq_bn`)."""
-    bottleneck_dim: int | None = None
-    """Width R of the bottleneck; wins over reduction_factor."""
+    bottleneck_dim: int | dict[str, int] | None = None
+    """Width R of the bottleneck, or one for each place, by the module's name; wins over reduction_factor."""
     reduction_factor: float | dict[str, float] = 16
     """Model width over bottleneck width; or one per layer, by number or name: {"0": 8, "default": 16}."""
     down_dim: int | None = None
@@ -94,15 +94,20 @@ class BottleneckConfig(AdapterConfig):
         for name in ("dropout", "stochastic_depth"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more and less than 1.")
-        for name in ("bottleneck_dim", "down_dim"):
-            if (dim := getattr(self, name)) is not None and dim < 1:
-                raise ConfigError(f"{name}={dim}: expected 1 or more.")
+        dims = self.bottleneck_dim
+        for dim in (*(dims.values() if isinstance(dims, dict) else [dims]), self.down_dim):
+            if dim is not None and dim < 1:
+                raise ConfigError(f"bottleneck_dim, down_dim: {dim}: expected 1 or more.")
         factors = self.reduction_factor
         if any(f <= 0 for f in (factors.values() if isinstance(factors, dict) else [factors])):
             raise ConfigError(f"reduction_factor={factors}: expected more than 0.")
 
     def width_at(self, site: Site) -> int:
         """Return the bottleneck's width R at a site, at least 1."""
+        if isinstance(self.bottleneck_dim, dict):
+            if site.write not in self.bottleneck_dim:
+                raise ConfigError(f"bottleneck_dim: no entry for {site.write}.")
+            return self.bottleneck_dim[site.write]
         if self.bottleneck_dim is not None:
             return self.bottleneck_dim
         factor = self.reduction_factor

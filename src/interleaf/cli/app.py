@@ -24,8 +24,8 @@ app = typer.Typer(
 )
 
 VERBS = (
-    *("train", "cohort", "evaluate", "predict", "chat", "compare", "explain", "report", "demo", "kinds", "sites"),
-    *("list", "show", "verify", "push", "fetch"),
+    *("train", "cohort", "evaluate", "predict", "chat", "compare", "search", "recommend"),
+    *("explain", "report", "demo", "kinds", "sites", "list", "show", "verify", "push", "fetch"),
 )
 
 

@@ -224,3 +224,24 @@ def confusion(title: str, labels: Sequence[str], matrix: Sequence[Sequence[int]]
         right = sum(matrix[i][i] for i in range(count))
         alt = f"{title}: {right:,} of {sum(map(sum, matrix)):,} rows lie on the diagonal, where both labels agree."
         return _figure(canvas, title, alt, reading)
+
+
+def points(
+    title: str, groups: dict[str, list[tuple[float, float]]], axes_named: tuple[str, str], reading: str
+) -> Figure:
+    """Draw points by group; the first group is grey, the horizontal axis logarithmic where the values are far apart."""
+    shown = {name: found for name, found in groups.items() if found}
+    across = [x for found in shown.values() for x, _ in found]
+    with _drawing(2.6) as (canvas, axes):
+        for place, (name, found) in enumerate(shown.items()):
+            colour = GREY if place == 0 and len(shown) > 1 else COLOURS[place % len(COLOURS)]
+            size = 20 if place < 2 else 70
+            axes.scatter(*zip(*found, strict=True), s=size, color=colour, label=name, alpha=0.85)
+        if scale_is_log(across):
+            axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel(axes_named[0])
+        axes.set_ylabel(axes_named[1])
+        _legend(canvas, len(shown), 2.6)
+        told = "; ".join(f"{n}: " + ", ".join(f"{number(x)} gives {number(y)}" for x, y in f) for n, f in shown.items())
+        return _figure(canvas, title, f"{title}. {told}.", reading)
