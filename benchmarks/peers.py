@@ -339,8 +339,8 @@ def of_task(title: str, task: str) -> Any:
             "",
             f"{asked}, three seeds, each run a process: the seconds count from its start and hold imports, loading, "
             f"tokenizing, running the frozen layers once and measuring after each pass. interleaf: `houlsby` in "
-            f"`{ours['adapter_options']['layers']}`, {ours.get('epochs', told['epochs'])} passes, chosen by that seed too "
-            f"({tried}); states not stored before. PEFT: LoRA of rank 12 at query and value. AdapterHub: "
+            f"`{ours['adapter_options']['layers']}`, {ours.get('epochs', told['epochs'])} passes, chosen by that seed "
+            f"too ({tried}); states not stored before. PEFT: LoRA of rank 12 at query and value. AdapterHub: "
             "`seq_bn`. All get batches of 32 rows of like length. Learning rates: the better of 1e-3 and 3e-3, by a "
             "seed of its own; 5e-5 for full fine-tuning. The accuracy to reach is, for each seed, the best that PEFT "
             "or AdapterHub had.",

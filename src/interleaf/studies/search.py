@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from transformers import TrainerCallback
 
+from interleaf.adapter import Registry
 from interleaf.blocks import stacks_of
 from interleaf.cohort import prepare_cohort, train_cohort
 from interleaf.errors import ConfigError, InterleafError
@@ -29,7 +31,8 @@ from interleaf.settings import TrainSettings
 from interleaf.train import Result, Run, make_task, prepare
 
 STUDY, TRIALS, BEST = "study.log", "trials", "best.yaml"
-OBJECTIVES = ("quality", "parameters", "latency")
+KINDS = {"bottleneck": "pfeiffer", "glu": "glu", "compacter": "compacter"}
+"""The kinds among which it looks, and the preset that each starts from."""
 STARTUP = 4  # trials that none is compared with before they are done
 DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -42,7 +45,7 @@ def suggest(trial: Trial, settings: TrainSettings, depth: int, out: str) -> Trai
         out: the trial's folder.
     """
     fixed = settings.adapter_options
-    kind = trial.suggest_categorical("kind", ["bottleneck", "glu", "compacter"])
+    kind = trial.suggest_categorical("kind", [kind for kind in KINDS if fixed.keys() <= settings_of(kind)])
     drawn: dict[str, Any] = {}
     if "positions" not in fixed:
         places = trial.suggest_categorical("positions", ["attention", "ffn", "attention+ffn"])
@@ -51,15 +54,19 @@ def suggest(trial: Trial, settings: TrainSettings, depth: int, out: str) -> Trai
         drawn["layers"] = f"last:{trial.suggest_int('layers', 1, depth)}"
     if "activation" not in fixed:
         drawn["activation"] = trial.suggest_categorical("activation", ["relu", "gelu", "silu"])
-    if "bottleneck_dim" not in fixed:
+    if not {"bottleneck_dim", "reduction_factor"} & fixed.keys():
         drawn["bottleneck_dim"] = trial.suggest_categorical("width", [4, 8, 16, 32, 64])
     if "connection" not in fixed and kind == "bottleneck":
         drawn["connection"] = trial.suggest_categorical("connection", ["serial", "parallel", "skip"])
     rate = trial.suggest_float("learning_rate", 2e-4, 5e-3, log=True)
-    preset = "pfeiffer" if kind == "bottleneck" else kind
     return dataclasses.replace(
-        settings, adapter=preset, adapter_options={**drawn, **fixed}, learning_rate=rate, out=out, examples=0
+        settings, adapter=KINDS[kind], adapter_options={**drawn, **fixed}, learning_rate=rate, out=out, examples=0
     )
+
+
+def settings_of(kind: str) -> set[str]:
+    """Name the settings that a kind's adapters have."""
+    return {setting.name for setting in dataclasses.fields(Registry.preset(KINDS[kind]))}
 
 
 class Behind(TrainerCallback):
@@ -100,6 +107,7 @@ class Job:
 def open_study(out: str | Path, metric: str, seed: int = 0) -> optuna.Study:
     """Open the study in a folder, or begin one: quality, then parameters and latency, which are to be small."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     return optuna.create_study(
         study_name="search",
         storage=JournalStorage(JournalFileBackend(str(Path(out) / STUDY))),
