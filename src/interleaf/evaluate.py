@@ -130,6 +130,9 @@ def _with_what_it_needs(node: Any) -> Any:
     onto = one.adaptation.run.get("onto") if one is not None else None
     if not onto:
         return node
+    # folders that were moved together find one another
+    beside = [str(Path(node).parent / Path(path).name) for path in onto]
+    onto = [path if Path(path).exists() else near for path, near in zip(onto, beside, strict=True)]
     return Fuse(*onto, name=node) if one is not None and isinstance(one.config, FusionConfig) else Stack(*onto, node)
 
 

@@ -50,8 +50,8 @@ class UnionConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.parts = [_part(part) for part in self.parts]
-        if len(self.parts) < 2:
-            raise ConfigError("union: name two parts or more.")
+        if not self.parts:
+            raise ConfigError("union: name the parts.")
         for part in self.parts:
             if not isinstance(part, AdapterConfig) and getattr(part, "modules_to_save", None):
                 self.modules_to_save = sorted({*(self.modules_to_save or []), *part.modules_to_save})

@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 VERBS = (
-    *("train", "cohort", "evaluate", "predict", "chat", "compare", "search", "recommend"),
+    *("train", "cohort", "multitask", "meta", "align", "evaluate", "predict", "chat", "compare", "search", "recommend"),
     *("explain", "report", "demo", "kinds", "sites", "list", "show", "verify", "push", "fetch"),
 )
 

@@ -27,6 +27,11 @@ def train(
     set: Annotated[
         list[str] | None, typer.Option(help="Adapter setting as key=value, for example layers=last:3.")
     ] = None,
+    start: Annotated[str | None, typer.Option(help="Stored adapter to start from, with a head of its own.")] = None,
+    onto: Annotated[
+        list[str] | None, typer.Option(help="Stored adapter that runs below, as it is; or one to fuse.")
+    ] = None,
+    unit_budget: Annotated[int | None, typer.Option(help="Bottleneck units to keep in all: places share them.")] = None,
     task: Annotated[str | None, typer.Option(help="classification, translation or code.")] = None,
     task_set: Annotated[
         list[str] | None, typer.Option(help="Task setting as key=value, for example num_beams=4.")
@@ -56,7 +61,7 @@ def train(
 ) -> None:
     """Train an adapter on a task; the base stays frozen."""
     flags = {k: v for k, v in locals().items() if k not in ("config", "set", "task_set", "json")}
-    settings = read_settings(config, {**flags, "report_to": report_to or None})
+    settings = read_settings(config, {**flags, "report_to": report_to or None, "onto": onto or None})
     settings = dataclasses.replace(
         settings,
         adapter_options={**settings.adapter_options, **options(set)},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 import statistics
 import time
 import warnings
@@ -153,6 +154,7 @@ def _run(study: optuna.Study, trials: Sequence[Trial], drawn: Sequence[TrainSett
     for trial, run, result, watcher in zip(trials, runs, results, watchers, strict=True):
         trial.set_user_attr("curve", watcher.scores)
         trial.set_user_attr("seconds", result.seconds)
+        trial.set_user_attr("process", os.getpid())
         trial.set_user_attr("settings", run.settings.as_dict())
         values = [float(result.metrics[metric]), run.summary().adapter_parameters, latency(run)]
         trial.set_user_attr("values", values)

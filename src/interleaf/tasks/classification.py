@@ -53,15 +53,23 @@ class TextClassification:
         Raises:
             DataError: a missing column, an empty cell, one class only, a label that never occurs in train.
         """
-        rows, names = self._rows(train)
-        self.labels = self._label_order(names, train)
+        kept = self.load_all(train)
         held = self._known(*self._rows(dev), dev) if dev else None
-        kept = self._known(rows, names, train)
         if held is None:
             kept, held = self._split(kept, dev_fraction, seed)
         if limit is not None and limit < len(kept):
             kept, _ = self._split(kept, 1 - limit / len(kept), seed)
         return Splits(kept, held)
+
+    def load_all(self, ref: str) -> Dataset:
+        """Read and check the rows of one table and find the labels; nothing is held out.
+
+        Raises:
+            DataError: as `load`.
+        """
+        rows, names = self._rows(ref)
+        self.labels = self._label_order(names, ref)
+        return self._known(rows, names, ref)
 
     def load_one(self, ref: str) -> Dataset:
         """Read and check rows whose labels must be the known ones.
