@@ -55,7 +55,7 @@ def test_dpo_with_the_adapter_off_gives_the_loss_of_two_models(settings: TrainSe
     two = trl.DPOTrainer(
         model=policy.get_base_model(),
         ref_model=plain,
-        args=dataclasses.replace(ours.args, output_dir=settings.out),
+        args=dataclasses.replace(ours.args, output_dir=settings.out, eval_strategy="no"),
         train_dataset=train,
         processing_class=ours.processing_class,
     )

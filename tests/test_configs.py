@@ -63,7 +63,7 @@ def test_a_config_runs(path: Path, tmp_path: Path) -> None:
         settings,
         task_options={**settings.task_options, **few},
         max_length=24,
-        earlier=None if few else settings.earlier,
+        earlier=None,
         dev_fraction=0.01,
         examples=2,
     )

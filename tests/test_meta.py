@@ -78,7 +78,7 @@ def test_reptiles_update_is_the_one_computed_by_hand(settings: TrainSettings) ->
         start = [kept + rate * (weights.detach() - kept) for kept, weights in zip(start, end, strict=True)]
     learnt = meta.learn(pool, settings, how)
     for weights, expected in zip(meta._trained(learnt, settings.name)[0], start, strict=True):
-        torch.testing.assert_close(weights.detach(), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(weights.detach(), expected, rtol=1e-3, atol=2e-5)
 
 
 def test_first_order_maml_takes_the_gradient_of_other_rows_at_the_end(settings: TrainSettings) -> None:

@@ -191,6 +191,8 @@ def _tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     found = AutoTokenizer.from_pretrained(path)
+    if found.eos_token is None:  # an encoder's; TRL ends every text with one
+        found.eos_token = found.sep_token
     if found.pad_token is None:
         found.pad_token = found.eos_token
     return found

@@ -60,7 +60,9 @@ def _rows(trials: list[Any], metric: str) -> tuple[list[str], list[list[str]]]:
 
 def _importance(study: optuna.Study) -> list[list[str]]:
     try:
-        found = optuna.importance.get_param_importances(study, target=lambda trial: trial.values[0])
+        found = optuna.importance.get_param_importances(
+            study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0), target=lambda trial: trial.values[0]
+        )
     except (ValueError, RuntimeError, ImportError):  # too few trials, or all alike
         return []
     return [[name, f"{share:.2f}"] for name, share in found.items()]
