@@ -46,7 +46,8 @@ def settings(folder: str, seed: int, **changed: Any) -> TrainSettings:
         "limit": 800,
         "max_length": 48,
         "learning_rate": 3e-3,
-        "epochs": 4,
+        "epochs": 3,
+        "dev_fraction": 0.05,
         "seed": seed,
         "examples": 0,
     }
@@ -163,18 +164,19 @@ def meta() -> Any:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in SEEDS[:2]:
-            for method in study.METHODS:
-                flags = {"out": f"{folder}/{method}-{seed}", "seed": seed}
-                told = study.study(
-                    read_settings(ROOT / "configs" / "meta.yaml", flags), study.MetaSettings(method, words=40)
-                )
-                for name, by_steps in told.accuracy.items():
-                    if method == "reptile" or name == method:  # the others are the same for both
-                        for count, scores in by_steps.items():
-                            found.setdefault(name, {}).setdefault(str(count), []).extend(scores)
-                print(
-                    method, seed, {n: {c: statistics.fmean(s) for c, s in b.items()} for n, b in told.accuracy.items()}
-                )
+            given = read_settings(ROOT / "configs" / "meta.yaml", {"out": f"{folder}/meta", "seed": seed})
+            how = study.MetaSettings(words=40)
+            pool = study.prepare_pool(given, how)
+            starts = {
+                "random": study.fresh(pool, given),
+                "multi-task": study.pretrain(pool, given, how),
+                **{name: study.learn(pool, given, replace(how, method=name)) for name in study.METHODS},
+            }
+            for name, model in starts.items():
+                for count in (1, how.steps, 4 * how.steps):
+                    scores = study.measure(model, pool, given, how, count)
+                    found.setdefault(name, {}).setdefault(str(count), []).extend(scores)
+                    print(name, seed, count, statistics.fmean(scores), file=sys.stderr, flush=True)
     return found
 
 

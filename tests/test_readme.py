@@ -44,6 +44,7 @@ def test_links_lead_somewhere() -> None:
             assert (ROOT / link).exists(), link
 
 
+@pytest.mark.slow
 def test_the_commands_run(tmp_path: Path) -> None:
     scripts = str(Path(sys.executable).parent)
     environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}

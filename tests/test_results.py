@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from benchmarks import explained, results
+from benchmarks import beyond, explained, results
 
 STORED = results.load()
 
@@ -52,3 +52,9 @@ def test_units_that_are_named_important_are_so() -> None:
         assert tenth["share"] == 0.1
         for check in more:
             assert check["important"] > max(check["random"])
+
+
+def test_what_goes_beyond_the_plain_adapter_is_told_as_measured() -> None:
+    stored = json.loads(beyond.STORED.read_text("utf-8"))
+    assert stored.keys() <= beyond.PARTS.keys()
+    assert beyond.page(stored) == beyond.PAGE.read_text("utf-8")

@@ -94,10 +94,10 @@ class BottleneckConfig(AdapterConfig):
         for name in ("dropout", "stochastic_depth"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 0 or more and less than 1.")
-        dims = self.bottleneck_dim
-        for dim in (*(dims.values() if isinstance(dims, dict) else [dims]), self.down_dim):
-            if dim is not None and dim < 1:
-                raise ConfigError(f"bottleneck_dim, down_dim: {dim}: expected 1 or more.")
+        for name in ("bottleneck_dim", "down_dim"):
+            dims = getattr(self, name)
+            if any(dim is not None and dim < 1 for dim in (dims.values() if isinstance(dims, dict) else [dims])):
+                raise ConfigError(f"{name}={dims}: expected 1 or more.")
         factors = self.reduction_factor
         if any(f <= 0 for f in (factors.values() if isinstance(factors, dict) else [factors])):
             raise ConfigError(f"reduction_factor={factors}: expected more than 0.")

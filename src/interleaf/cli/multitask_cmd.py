@@ -11,7 +11,9 @@ from interleaf.cli.app import app, print_json, quiet, table
 from interleaf.settings import read_settings
 
 
-@app.command(epilog="Example: interleaf multitask configs/classification.yaml configs/topics.yaml --out out/shared")
+@app.command(
+    epilog="Example: interleaf multitask configs/topics.yaml configs/classification.yaml --out out/shared --limit 500"
+)
 def multitask(
     configs: Annotated[list[Path], typer.Argument(help="YAML files of runs with one base, one a task.")],
     out: Annotated[str, typer.Option(help="Folder of the shared adapter; each task's goes to its config's `out`.")],
