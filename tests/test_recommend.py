@@ -54,8 +54,13 @@ def test_what_is_recommended_can_be_trained(reviews: Path, tmp_path: Path) -> No
 
     config.write_text(yaml.safe_dump(as_config(settings, rules(of))))
     made = read_settings(config, {})
-    assert made.max_length >= of.longest
+    assert made.max_length == 64 >= of.longest
     assert prepare(made).plan().adapter_parameters > 0
+
+
+def test_long_texts_are_cut_where_only_their_class_is_asked() -> None:
+    assert named(longest=400)["max_length"] == 128
+    assert named(longest=400, task="translation")["max_length"] == 512
 
 
 @pytest.mark.parametrize("rows", [50, 499, 500, 10_001])

@@ -40,7 +40,7 @@ def multitask(
         print_json({part.name: {"path": part.settings.out, **found[part.name]} for part in parts})
         return
     measured = [(part, headline(found[part.name])) for part in parts]
-    columns = list(dict.fromkeys(key for _, metrics in measured for key in metrics))
+    columns = list(dict.fromkeys(key for _, metrics in measured for key in metrics))[:3]
     rows = [[p.name, p.settings.out, *(f"{m[key]:.4f}" if key in m else "" for key in columns)] for p, m in measured]
     table("Held-out data", ["task", "saved", *columns], rows)
     print(f"the shared adapter is in {out}; a task's finds it there")

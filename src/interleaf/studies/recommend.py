@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from interleaf.settings import TrainSettings
 from interleaf.train import make_task
 
 FEW, MANY = 500, 10_000
+ENOUGH = 128  # tokens of a text to classify
+LONGEST = 1024  # no text is looked at further
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def facts(settings: TrainSettings, minutes: float | None, megabytes: float | Non
     Raises:
         InterleafError: data or base that cannot be used.
     """
-    task = make_task(settings)
+    task = make_task(dataclasses.replace(settings, max_length=LONGEST))
     splits = task.load(settings.train, settings.dev, dev_fraction=settings.dev_fraction, seed=settings.seed)
     tokenizer = task.tokenizer(settings.base)
     sample = splits.train.select(range(min(1000, len(splits.train))))
@@ -77,7 +80,7 @@ def rules(of: Facts) -> list[Rule]:
         Rule("learning_rate", rate, _rate(few, classify)),
         Rule("epochs", 8 if few else 2 if many else 4, "about as many steps whatever the number of rows"),
         Rule("patience", 2, "stops when the dev score does not rise any more"),
-        Rule("max_length", _length(of.longest), f"98 of 100 rows have at most {of.longest} tokens"),
+        Rule("max_length", *_length(of.longest, classify)),
     ]
     return found
 
@@ -123,8 +126,12 @@ def _rate(few: bool, classify: bool) -> str:
     )
 
 
-def _length(longest: int) -> int:
-    return next((size for size in (32, 64, 128, 256, 512, 1024) if size >= longest), 2048)
+def _length(longest: int, classify: bool) -> tuple[int, str]:
+    fits = next(size for size in (32, 64, 128, 256, 512, LONGEST) if size >= longest)
+    why = f"98 of 100 rows have at most {longest} tokens"
+    if classify and fits > ENOUGH:
+        return ENOUGH, f"{why}; the first {ENOUGH} mostly settle the class, and more take longer"
+    return fits, why
 
 
 def as_config(settings: TrainSettings, found: list[Rule]) -> dict[str, Any]:
