@@ -233,7 +233,7 @@ def _on_ray(address: str, jobs: Sequence[Job]) -> None:
     try:
         import ray
     except ImportError as error:
-        raise ConfigError("--ray needs Ray. Run: pip install ray") from error
+        raise ConfigError("--ray needs Ray. Run: pip install 'interleaf[ray]'") from error
     ray.init(address=None if address == "local" else address, ignore_reinit_error=True)
     remote = ray.remote(work)
     ray.get([remote.remote(job) for job in jobs])
