@@ -277,7 +277,7 @@ def of_arms(found: dict[str, list[dict[str, float]]]) -> list[str]:
         [name, ", ".join(f"{r['f1']:.3f}" for r in runs), shown([r["f1"] for r in runs]), f"{runs[0]['parameters']:,}"]
         for name, runs in found.items()
     ]
-    return table(["", "held-out F1, seeds 0, 1, 2", "mean", "parameters at first"], rows)
+    return table(["", "held-out F1, seeds 0, 1, 2", "mean", "parameters"], rows)
 
 
 def of_multitask(found: dict[str, dict[str, list[float]]]) -> list[str]:
