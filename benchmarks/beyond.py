@@ -1,38 +1,42 @@
 """What the directions beyond the plain adapter give, beside the plain adapter: the tables of docs/beyond.md.
 
-python benchmarks/beyond.py                # everything, about an hour on two cores
-python benchmarks/beyond.py widths meta    # some of it: each part is under ten minutes but for the seeds
-python benchmarks/beyond.py --page         # the page again, from the stored figures
+python -m benchmarks.beyond                # everything, about two hours on two cores
+python -m benchmarks.beyond widths meta    # some of it
+python -m benchmarks.beyond --page         # the page again, from the stored figures
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import re
+import resource
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from benchmarks import beyond_page
+
 from interleaf.cli.app import quiet
-from interleaf.metrics import interval
 from interleaf.record import environment
-from interleaf.settings import TrainSettings
+from interleaf.settings import TrainSettings, read_settings
 from interleaf.train import prepare
 
 ROOT = Path(__file__).parent.parent
 PAGE, STORED = ROOT / "docs" / "beyond.md", ROOT / "benchmarks" / "results" / "beyond.json"
 SEEDS = (0, 1, 2)
-MARK = "<!-- figures of {}: python benchmarks/beyond.py {} -->"
-END = "<!-- end -->"
 
 
 def settings(folder: str, seed: int, **changed: Any) -> TrainSettings:
@@ -55,14 +59,18 @@ def settings(folder: str, seed: int, **changed: Any) -> TrainSettings:
 
 
 def score(run: TrainSettings) -> dict[str, float]:
-    """Train, and return the held-out F1 and the adapter's parameters."""
+    """Train, and return the held-out F1, or chrF, and the adapter's parameters."""
     made = prepare(run)
     done = made.train()
-    print(run.adapter, run.adapter_options, run.seed, done.metrics["f1_macro"], file=sys.stderr, flush=True)
-    return {"f1": done.metrics["f1_macro"], "parameters": made.summary().adapter_parameters}
+    measure = "f1_macro" if "f1_macro" in done.metrics else "chrf"
+    found = {"score": done.metrics[measure], "parameters": made.summary().adapter_parameters}
+    print(run.adapter, run.adapter_options, run.seed, found, file=sys.stderr, flush=True)
+    return found
 
 
-def arms(made: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
+def arms(
+    made: dict[str, dict[str, Any]], settings: Callable[..., TrainSettings] = settings
+) -> dict[str, list[dict[str, float]]]:
     """Train each arm with each seed."""
     with tempfile.TemporaryDirectory() as folder:
         return {name: [score(settings(folder, seed, **how)) for seed in SEEDS] for name, how in made.items()}
@@ -115,7 +123,7 @@ def multitask() -> Any:
                 name: settings(folder, seed, name=name, out=f"{folder}/{name}", **told) for name, told in TASKS.items()
             }
             for name, one in alone.items():
-                found.setdefault("each alone", {}).setdefault(name, []).append(score(one)["f1"])
+                found.setdefault("each alone", {}).setdefault(name, []).append(score(one)["score"])
             together = [replace(one, out=f"{folder}/with-{name}") for name, one in alone.items()]
             told = train_multitask(prepare_multitask(together, f"{folder}/shared"), f"{folder}/shared")
             for name, metrics in told.items():
@@ -133,7 +141,7 @@ def multitask() -> Any:
                     onto=onto,
                     epochs=2,
                 )
-                found.setdefault("fusion of the three", {}).setdefault(name, []).append(score(fused)["f1"])
+                found.setdefault("fusion of the three", {}).setdefault(name, []).append(score(fused)["score"])
     return found
 
 
@@ -152,13 +160,12 @@ def transfer() -> Any:
             for name, start in starts.items():
                 how = {} if start is None else {"start": f"{folder}/{start}", "adapter_options": {}}
                 out = f"{folder}/new-{start}"
-                found.setdefault(name, []).append(score(replace(new, out=out, **how))["f1"])
+                found.setdefault(name, []).append(score(replace(new, out=out, **how))["score"])
     return found
 
 
 def meta() -> Any:
     """Pairs of genres: what a learnt start gives after few steps."""
-    from interleaf.settings import read_settings
     from interleaf.studies import meta as study
 
     found: dict[str, Any] = {}
@@ -207,28 +214,131 @@ def align() -> Any:
     return found
 
 
+def memory() -> Any:
+    """DPO's peak memory: an adapter whose reference is the base below it, and TRL's own two ways."""
+    ways = ("adapter", "adapter and a second model", "full fine-tuning and a second model")
+    return {way: [alone(peak, way, seed) for seed in SEEDS] for way in ways}
+
+
+def alone(work: Callable[..., Any], *given: Any) -> Any:
+    """Run a function in a process of its own, whose peak memory is nobody else's."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *given).result()
+
+
+def peak(way: str, seed: int) -> dict[str, float]:
+    """Take five steps of DPO; return MiB at most, and the seconds of the steps."""
+    from transformers import AutoModelForCausalLM
+    from trl import DPOTrainer
+
+    from interleaf.bundled import resolve
+    from interleaf.studies import align as study
+
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        config = ROOT / "configs" / "preferences.yaml"
+        given = read_settings(config, {"out": f"{folder}/dpo", "seed": seed, "limit": 45, "dev_fraction": 0.1})
+        how = study.AlignSettings(prefer="positive", prompt="A film review: ", steps=5)
+        train, dev = study.rows_for(given, how)
+        trainer = study.make_trainer(given, how, train, dev)
+        if way != "adapter":
+            path = resolve(given.base)
+            model = trainer.model if way.startswith("adapter") else AutoModelForCausalLM.from_pretrained(path)
+            trainer = DPOTrainer(
+                model=model,
+                ref_model=AutoModelForCausalLM.from_pretrained(path),
+                args=trainer.args,
+                train_dataset=train,
+                processing_class=trainer.processing_class,
+            )
+        began = time.monotonic()
+        trainer.train()
+        return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "seconds": time.monotonic() - began}
+
+
+def given(page: str) -> list[str]:
+    """Return the commands in the blocks of a page."""
+    blocks = re.findall(r"^```\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("interleaf")]
+
+
+def commands() -> Any:
+    """Every command of the page, as a newcomer gives it, one after the other in one folder: how long each takes."""
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "configs").symlink_to(ROOT / "configs")
+        for line in given(PAGE.read_text("utf-8")):
+            began = time.monotonic()
+            words = shlex.split(line)
+            words[0] = str(Path(sys.executable).parent / words[0])
+            done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{line}: {done.stderr}")
+            found[line] = time.monotonic() - began
+            print(line, found[line], file=sys.stderr, flush=True)
+    return found
+
+
+def union(*parts: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of several methods in one adapter."""
+    return {"adapter": "union", "adapter_options": {"parts": list(parts)}}
+
+
+def bottleneck(dim: int) -> dict[str, Any]:
+    """Return a bottleneck behind each feed-forward sublayer."""
+    return {"peft_type": "BOTTLENECK", "positions": ["ffn"], "bottleneck_dim": dim}
+
+
+def prefix(tokens: int) -> dict[str, Any]:
+    """Return prefix tuning."""
+    return {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": tokens}
+
+
+def prompt(tokens: int) -> dict[str, Any]:
+    """Return prompt tuning."""
+    return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": tokens}
+
+
 def unions() -> Any:
-    """Each method alone and beside a bottleneck, at about as many parameters."""
-    lora = {"peft_type": "LORA", "target_modules": ["query", "value"]}
+    """Film reviews: each method alone and beside a bottleneck, at about as many parameters."""
 
-    def bottleneck(dim: int) -> dict[str, Any]:
-        return {"peft_type": "BOTTLENECK", "positions": ["ffn"], "bottleneck_dim": dim}
+    def lora(rank: int) -> dict[str, Any]:
+        return {"peft_type": "LORA", "target_modules": ["query", "value"], "r": rank, "lora_alpha": 2 * rank}
 
-    def union(*parts: dict[str, Any]) -> dict[str, Any]:
-        return {"adapter": "union", "adapter_options": {"parts": list(parts)}, "limit": 400}
+    made = {
+        "plain bottleneck": union(bottleneck(24)),
+        "LoRA": union(lora(6)),
+        "prefix": union(prefix(8)),
+        "prompt": union(prompt(96)),
+        "(IA)3": union({"peft_type": "IA3", "target_modules": ["key", "value", "output.dense"]}),
+        "bottleneck and LoRA": union(bottleneck(12), lora(3)),
+        "bottleneck and prefix": union(bottleneck(12), prefix(4)),
+        "bottleneck and prompt": union(bottleneck(16), prompt(32)),
+    }
+    return arms({name: {**how, "limit": 400} for name, how in made.items()})
 
-    return arms(
-        {
-            "plain bottleneck": union(bottleneck(24)),
-            "LoRA": union({**lora, "r": 6, "lora_alpha": 12}),
-            "prefix": union({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 8}),
-            "prompt": union({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 96}),
-            "(IA)3": union({"peft_type": "IA3", "target_modules": ["key", "value", "output.dense"]}),
-            "bottleneck and LoRA": union(bottleneck(12), {**lora, "r": 3, "lora_alpha": 6}),
-            "bottleneck and prefix": union(bottleneck(12), {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}),
-            "bottleneck and prompt": union(bottleneck(16), {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 32}),
-        }
-    )
+
+def unions_translation() -> Any:
+    """Labels and messages of programs into Portuguese: the same methods."""
+
+    def interface(folder: str, seed: int, **changed: Any) -> TrainSettings:
+        given = {"out": f"{folder}/{time.monotonic_ns()}", "limit": 1000, "seed": seed, "examples": 0, "earlier": None}
+        told = read_settings(ROOT / "configs" / "translation-ui.yaml", given)
+        return replace(told, **changed, task_options={**told.task_options, "dev_rows": 200})
+
+    def lora(rank: int) -> dict[str, Any]:
+        return {"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"], "r": rank, "lora_alpha": 2 * rank}
+
+    made = {
+        "plain bottleneck": union(bottleneck(24)),
+        "LoRA": union(lora(11)),
+        "prefix": union(prefix(24)),
+        "(IA)3": union({"peft_type": "IA3", "target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": []}),
+        "bottleneck and LoRA": union(bottleneck(12), lora(5)),
+        "bottleneck and prefix": union(bottleneck(12), prefix(12)),
+        "bottleneck and prompt": union(bottleneck(20), prompt(64)),
+    }
+    return arms(made, interface)
 
 
 def search() -> Any:
@@ -256,95 +366,19 @@ def search() -> Any:
     return found
 
 
-# ---- the page
-
-
-def shown(values: Sequence[float]) -> str:
-    """Return a mean with the half-width of its 95% interval."""
-    one = interval(values)
-    return f"{one['mean']:.3f}" + ("" if one["half_width"] is None else f" ± {one['half_width']:.3f}")
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table as Markdown."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
-
-
-def of_arms(found: dict[str, list[dict[str, float]]]) -> list[str]:
-    """Tell of arms: the held-out F1 of each seed, the mean, the parameters."""
-    rows = [
-        [name, ", ".join(f"{r['f1']:.3f}" for r in runs), shown([r["f1"] for r in runs]), f"{runs[0]['parameters']:,}"]
-        for name, runs in found.items()
-    ]
-    return table(["", "held-out F1, seeds 0, 1, 2", "mean", "parameters"], rows)
-
-
-def of_multitask(found: dict[str, dict[str, list[float]]]) -> list[str]:
-    """Tell of each task's F1."""
-    rows = [[name, *(shown(by_task[task]) for task in TASKS)] for name, by_task in found.items()]
-    return table(["", *TASKS], rows)
-
-
-def of_transfer(found: dict[str, list[float]]) -> list[str]:
-    """Tell of the new task's F1."""
-    rows = [[name, ", ".join(f"{v:.3f}" for v in values), shown(values)] for name, values in found.items()]
-    return table(["64 tweets to learn from, beginning at", "held-out F1, seeds 0, 1, 2", "mean"], rows)
-
-
-def of_meta(found: dict[str, dict[str, list[float]]]) -> list[str]:
-    """Tell of the accuracy after some steps."""
-    counts = list(next(iter(found.values())))
-    tasks = len(next(iter(next(iter(found.values())).values())))
-    rows = [[name, *(shown(by_steps[count]) for count in counts)] for name, by_steps in found.items()]
-    lines = table(["start", *(f"after {count} steps" for count in counts)], rows)
-    return [*lines, "", f"Mean accuracy over {tasks} held-out tasks (two seeds), 95% interval over these."]
-
-
-def of_align(found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Tell of what was learnt."""
-    names = list(dict.fromkeys(key for runs in found.values() for run in runs for key in run["metrics"]))
-    rows = [
-        [
-            name,
-            str(seed),
-            *(shown([run["metrics"][key]]) if key in run["metrics"] else "" for key in names),
-            f"{run['seconds']:.0f} s",
-        ]
-        for name, runs in found.items()
-        for seed, run in enumerate(runs)
-    ]
-    return table(["", "seed", *names, "time"], rows)
-
-
-def of_search(found: dict[str, Any]) -> list[str]:
-    """Tell of what the search recommends."""
-    return of_arms(found["arms"])
-
-
-PARTS: dict[str, tuple[Callable[[], Any], Callable[[Any], list[str]]]] = {
-    "widths": (widths, of_arms),
-    "routed": (routed, of_arms),
-    "multitask": (multitask, of_multitask),
-    "transfer": (transfer, of_transfer),
-    "meta": (meta, of_meta),
-    "align": (align, of_align),
-    "unions": (unions, of_arms),
-    "search": (search, of_search),
+PARTS: dict[str, Callable[[], Any]] = {
+    "widths": widths,
+    "routed": routed,
+    "multitask": multitask,
+    "transfer": transfer,
+    "meta": meta,
+    "align": align,
+    "memory": memory,
+    "unions": unions,
+    "unions_translation": unions_translation,
+    "search": search,
+    "commands": commands,
 }
-
-
-def page(stored: dict[str, Any]) -> str:
-    """Return the page with its tables anew."""
-    text = PAGE.read_text("utf-8")
-    for part, found in stored.items():
-        before, mark, rest = text.partition(MARK.format(part, part))
-        made = found["environment"]
-        versions = ", ".join(f"{name} {made[name]}" for name in ("torch", "transformers", "peft"))
-        told = f"{made['cores']} cores, {made['device']}; {versions}."
-        lines = [mark, "", *PARTS[part][1](found["figures"]), "", told, "", END]
-        text = before + "\n".join(lines) + rest.partition(END)[2]
-    return text
 
 
 def main() -> None:
@@ -353,13 +387,18 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=", ".join(PARTS))
     parser.add_argument("--page", action="store_true", help="run nothing, write the tables from the stored figures")
     asked = parser.parse_args()
-    stored = json.loads(STORED.read_text("utf-8")) if STORED.exists() else {}
     if not asked.page:
         quiet()
         for part in asked.parts or PARTS:
-            stored[part] = {"figures": PARTS[part][0](), "environment": environment()}
-            STORED.write_text(json.dumps(stored, indent=1) + "\n", "utf-8")
-    PAGE.write_text(page(stored), "utf-8")
+            made = {"figures": PARTS[part](), "environment": environment()}
+            STORED.write_text(json.dumps({**load(), part: made}, indent=1) + "\n", "utf-8")
+    beyond_page.write(load(), PAGE)
+
+
+def load() -> dict[str, Any]:
+    """Return the figures of what was run."""
+    found = json.loads(STORED.read_text("utf-8")) if STORED.exists() else {}
+    return {part: found[part] for part in PARTS if part in found}
 
 
 if __name__ == "__main__":

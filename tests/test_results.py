@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from benchmarks import beyond, explained, results
+from benchmarks import beyond, beyond_page, explained, results
 
 STORED = results.load()
 
@@ -56,5 +56,14 @@ def test_units_that_are_named_important_are_so() -> None:
 
 def test_what_goes_beyond_the_plain_adapter_is_told_as_measured() -> None:
     stored = json.loads(beyond.STORED.read_text("utf-8"))
-    assert stored.keys() <= beyond.PARTS.keys()
-    assert beyond.page(stored) == beyond.PAGE.read_text("utf-8")
+    text = beyond.PAGE.read_text("utf-8")
+    assert stored.keys() == beyond.PARTS.keys() == beyond_page.TOLD.keys()
+    assert beyond_page.page(stored, text) == text
+    drawn = (beyond.PAGE.parent / beyond_page.FIGURE).read_text("utf-8")
+    assert drawn == beyond_page.curve(stored["align"]["figures"]).svg + "\n"
+
+
+def test_every_command_of_the_page_was_timed() -> None:
+    timed = json.loads(beyond.STORED.read_text("utf-8"))["commands"]["figures"]
+    assert list(timed) == beyond.given(beyond.PAGE.read_text("utf-8"))
+    assert max(timed.values()) < 600  # seconds

@@ -90,8 +90,16 @@ def test_a_token_is_changed_by_the_experts_that_it_takes() -> None:
                 for expert in chances.topk(active).indices.tolist():
                     if expert < 3:  # the fourth choice is to skip
                         hidden = torch.relu(adapter.down(z)[5 * expert : 5 * expert + 5])
-                        expected[row, token] += chances[expert] * hidden @ adapter.up[expert]
+                        expected[row, token] += 3 / active * chances[expert] * hidden @ adapter.up[expert]
         torch.testing.assert_close(adapter(None, y), expected)
+
+
+def test_few_tokens_skip_at_the_start() -> None:
+    model = routed()
+    with torch.no_grad(), model.observe() as seen:
+        model(**inputs(model, rows=32))
+    first = torch.cat([found["router"].argmax(-1).flatten() for found in seen.values()])
+    assert (first == 4).float().mean() < 0.15
 
 
 def test_a_token_that_skips_passes_unchanged() -> None:

@@ -30,7 +30,7 @@ class RoutedConfig(AdapterConfig):
     bottleneck_dim: int = 8
     """Width R of each."""
     active: int = 1
-    """Choices that a token takes, weighed by how sure the router is of each."""
+    """Choices that a token takes, weighed by how sure the router is of each, whatever the number of experts."""
     skip: bool = True
     """Give the router one more choice: no expert, so that the token passes unchanged."""
     balance: float = 0.01
@@ -54,8 +54,10 @@ class RoutedConfig(AdapterConfig):
 
 
 class Routed(Adapter):
-    """`y' = y + sum_e p_e up_e(act(down_e(y)))` over the choices a token takes, `p = softmax(router(y))`.
+    """`y' = y + E / k sum_e p_e up_e(act(down_e(y)))` over the k choices a token takes, `p = softmax(router(y))`.
 
+    A router that is sure of nothing thus weighs the experts as much as a plain bottleneck. At the start few tokens skip:
+    what a token that skips would gain by an expert, the loss does not say.
     All experts are computed, whichever a token takes: they are too small for gathering tokens to pay.
 
     Args:
@@ -74,6 +76,9 @@ class Routed(Adapter):
         self._uneven: Tensor | None = None
         if self.down.weight.device.type != "meta":
             nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+            if config.skip:
+                nn.init.zeros_(self.router.weight[-1])
+                nn.init.zeros_(self.router.bias[-1:])
 
     def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
         z = y.to(self.up.dtype)
@@ -85,7 +90,7 @@ class Routed(Adapter):
         if self.training and self.balance:
             self._uneven = unevenness(scores[..., : self.experts])
         hidden = self.activation(self.down(z)).unflatten(-1, (self.experts, -1))
-        hidden = hidden * weights[..., : self.experts, None]
+        hidden = hidden * weights[..., : self.experts, None] * (self.experts / self.active)
         change: Tensor = hidden.flatten(-2) @ self.up.flatten(0, 1)
         return y + change.to(y.dtype)
 

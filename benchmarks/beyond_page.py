@@ -1,0 +1,210 @@
+"""The tables of docs/beyond.md, of the figures that `python -m benchmarks.beyond` stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from interleaf.metrics import interval
+from interleaf.report.figures import Line, curves
+
+MARK = "<!-- figures of {}: python -m benchmarks.beyond {} -->"
+END = "<!-- end -->"
+FIGURE = "beyond/grpo.svg"
+
+Runs = list[dict[str, Any]]
+
+
+def shown(values: Sequence[float], form: str = "{:.3f}") -> str:
+    """Return a mean with the half-width of its 95% interval."""
+    one = interval(values)
+    half = one["half_width"]
+    return form.format(one["mean"]) + ("" if half is None else " ± " + form.format(half))
+
+
+def beside(values: Sequence[float], plain: Sequence[float], form: str = "{:+.3f}") -> str:
+    """Say what values are more than the plain ones of the same seeds or tasks, and whether that is sure."""
+    more = interval([value - base for value, base in zip(values, plain, strict=True)])
+    mean, half = more["mean"] or 0.0, more["half_width"] or 0.0
+    verdict = "better" if mean - half > 0 else "worse" if mean + half < 0 else "no difference shown"
+    return f"{form.format(mean)} ± {form.format(half).lstrip('+')}: {verdict}"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table as Markdown."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def of_arms(found: dict[str, Runs], measure: str = "F1", form: str = "{:.3f}") -> list[str]:
+    """Tell of arms: what each seed gave, the mean, what it is more than the first arm's, the parameters."""
+    by_arm = {name: [run["score"] for run in runs] for name, runs in found.items()}
+    plain = next(iter(by_arm.values()))
+    rows = [
+        [
+            name,
+            ", ".join(map(form.format, scores)),
+            shown(scores, form),
+            "" if scores is plain else beside(scores, plain, form.replace(":", ":+")),
+            f"{found[name][0]['parameters']:,}",
+        ]
+        for name, scores in by_arm.items()
+    ]
+    return table(["", f"held-out {measure}, seeds 0, 1, 2", "mean", "more than the first row's", "parameters"], rows)
+
+
+def of_translation(found: dict[str, Runs]) -> list[str]:
+    """Tell of arms that translate."""
+    return of_arms(found, "chrF", "{:.2f}")
+
+
+def of_multitask(found: dict[str, dict[str, list[float]]]) -> list[str]:
+    """Tell of each task's F1."""
+    plain = next(iter(found.values()))
+    rows = []
+    for name, by_task in found.items():
+        told = [
+            shown(scores) + ("" if by_task is plain else f" ({beside(scores, plain[task])})")
+            for task, scores in by_task.items()
+        ]
+        rows.append([name, *told])
+    lines = table(["held-out F1", *plain], rows)
+    return [*lines, "", "Three seeds; in brackets, what it is more than each task's adapter trained alone."]
+
+
+def of_transfer(found: dict[str, list[float]]) -> list[str]:
+    """Tell of the new task's F1."""
+    plain = next(iter(found.values()))
+    rows = [
+        [name, ", ".join(f"{v:.3f}" for v in values), shown(values), "" if values is plain else beside(values, plain)]
+        for name, values in found.items()
+    ]
+    columns = [
+        "64 tweets to learn from, beginning at",
+        "held-out F1, seeds 0, 1, 2",
+        "mean",
+        "more than the first row's",
+    ]
+    return table(columns, rows)
+
+
+def of_meta(found: dict[str, dict[str, list[float]]]) -> list[str]:
+    """Tell of the accuracy after some steps."""
+    plain = next(iter(found.values()))
+    tasks = len(next(iter(plain.values())))
+    rows = []
+    for name, by_steps in found.items():
+        told = [
+            shown(scores) + ("" if by_steps is plain else f" ({beside(scores, plain[count])})")
+            for count, scores in by_steps.items()
+        ]
+        rows.append([name, *told])
+    lines = table(["start", *(f"after {count} step{'s' * (count != '1')}" for count in plain)], rows)
+    return [
+        *lines,
+        "",
+        f"Mean accuracy over {tasks} tasks of held-out genres (two seeds), with the 95% interval over these; in "
+        "brackets, what it is more than the random start's, task by task.",
+    ]
+
+
+def of_align(found: dict[str, Runs]) -> list[str]:
+    """Tell of what was learnt."""
+    words = {
+        "loss": "held-out loss",
+        "rewards/accuracies": "held-out pairs told rightly",
+        "rewards/margins": "margin",
+    }
+    names = list(dict.fromkeys(key for runs in found.values() for run in runs for key in run["metrics"]))
+    rows = [
+        [
+            name,
+            str(seed),
+            *(f"{run['metrics'][key]:.3f}" if key in run["metrics"] else "" for key in names),
+            f"{run['seconds']:.0f} s",
+        ]
+        for name, runs in found.items()
+        for seed, run in enumerate(runs)
+    ]
+    lines = table(["", "seed", *(words.get(name, name) for name in names), "time"], rows)
+    return [
+        *lines,
+        "",
+        f"![{curve(found).alt}]({FIGURE})",
+        "",
+        f"**{curve(found).title}.** {curve(found).reading}",
+    ]
+
+
+def curve(found: dict[str, Runs]) -> Any:
+    """Draw GRPO's reward, step by step, each the mean of five."""
+    lines = []
+    for seed, run in enumerate(found["grpo"]):
+        rewards = run["rewards"]
+        means = [sum(rewards[at : at + 5]) / len(rewards[at : at + 5]) for at in range(0, len(rewards), 5)]
+        lines.append(Line(f"seed {seed}", [float(5 * i + 5) for i in range(len(means))], means))
+    reading = "The share of answers that parse as Python with their prompt, mean of five steps."
+    return curves("Reward while GRPO trains", lines, reading, "steps")
+
+
+def of_memory(found: dict[str, Runs]) -> list[str]:
+    """Tell of the peak memory and the time of five steps."""
+    plain = [run["mib"] for run in next(iter(found.values()))]
+    rows = [
+        [
+            name,
+            shown([run["mib"] for run in runs], "{:.0f}"),
+            f"{sum(run['mib'] for run in runs) / sum(plain):.2f}",
+            shown([run["seconds"] for run in runs], "{:.1f}"),
+        ]
+        for name, runs in found.items()
+    ]
+    lines = table(["DPO with", "peak memory, MiB", "ratio", "five steps, s"], rows)
+    return [*lines, "", "Each in a process of its own, three seeds; the same pairs, model and batch of 8."]
+
+
+def of_search(found: dict[str, Any]) -> list[str]:
+    """Tell of what the search recommends."""
+    kept = {key: found["recommended"].get(key) for key in ("adapter", "adapter_options", "learning_rate")}
+    return [*of_arms(found["arms"]), "", f"It recommended `{kept}`."]
+
+
+def of_commands(found: dict[str, float]) -> list[str]:
+    """Tell how long each command of the page took."""
+    return table(["command", "time"], [[f"`{line}`", f"{seconds:.0f} s"] for line, seconds in found.items()])
+
+
+TOLD: dict[str, Callable[[Any], list[str]]] = {
+    "widths": of_arms,
+    "routed": of_arms,
+    "multitask": of_multitask,
+    "transfer": of_transfer,
+    "meta": of_meta,
+    "align": of_align,
+    "memory": of_memory,
+    "unions": of_arms,
+    "unions_translation": of_translation,
+    "search": of_search,
+    "commands": of_commands,
+}
+
+
+def page(stored: dict[str, Any], text: str) -> str:
+    """Return the page's text with its tables anew."""
+    for part, found in stored.items():
+        before, mark, rest = text.partition(MARK.format(part, part))
+        made = found["environment"]
+        versions = ", ".join(f"{name} {made[name]}" for name in ("torch", "transformers", "peft"))
+        told = f"{made['cores']} cores, {made['device']}; {versions}."
+        lines = [mark, "", *TOLD[part](found["figures"]), "", told, "", END]
+        text = before + "\n".join(lines) + rest.partition(END)[2]
+    return text
+
+
+def write(stored: dict[str, Any], file: Path) -> None:
+    """Write the page and its figure."""
+    file.write_text(page(stored, file.read_text("utf-8")), "utf-8")
+    if "align" in stored:
+        (file.parent / FIGURE).parent.mkdir(exist_ok=True)
+        (file.parent / FIGURE).write_text(curve(stored["align"]["figures"]).svg + "\n", "utf-8")
