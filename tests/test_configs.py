@@ -19,7 +19,7 @@ from interleaf.settings import TrainSettings, read_settings
 from interleaf.train import make_task, prepare
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-FETCHED = {"classification", "topics"}  # the others' models and data are 400 MB
+FETCHED = {"classification", "topics", "routed", "union"}  # the others' models and data are 400 MB
 
 
 def named(settings: TrainSettings) -> set[str]:
