@@ -56,8 +56,9 @@ class RoutedConfig(AdapterConfig):
 class Routed(Adapter):
     """`y' = y + E / k sum_e p_e up_e(act(down_e(y)))` over the k choices a token takes, `p = softmax(router(y))`.
 
-    An undecided router thus adds as much as a plain bottleneck. At the start few tokens skip: the loss does not say what
-    a token that skips would gain by an expert. All experts are computed, whichever a token takes: they are too small for gathering tokens to pay.
+    An undecided router thus adds as much as a plain bottleneck. At the start few tokens skip: the loss does not say
+    what a token that skips would gain by an expert. All experts are computed, whichever a token takes: they are too
+    small for gathering tokens to pay.
 
     Args:
         width: width D of the model.
