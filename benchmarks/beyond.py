@@ -8,6 +8,7 @@ python -m benchmarks.beyond --page         # the page again, from the stored fig
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -29,15 +30,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from benchmarks import beyond_page
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from interleaf import adapt
+from interleaf.bundled import resolve
 from interleaf.cli.app import quiet
 from interleaf.record import environment
 from interleaf.settings import TrainSettings, read_settings
+from interleaf.studies import align as study
 from interleaf.train import prepare
 
 ROOT = Path(__file__).parent.parent
 PAGE, STORED = ROOT / "docs" / "beyond.md", ROOT / "benchmarks" / "results" / "beyond.json"
 SEEDS = (0, 1, 2)
+PREFERENCES = study.AlignSettings(prefer="positive", prompt="A film review: ")
+PARSES = study.AlignSettings("grpo", reward="parses", steps=40, answer_tokens=24, beta=0.02)
 
 
 def settings(folder: str, seed: int, **changed: Any) -> TrainSettings:
@@ -219,37 +226,81 @@ def meta() -> Any:
     return found
 
 
-PREFERENCES = ["--prefer", "positive", "--prompt", "A film review: "]
-PARSES = [*("--method", "grpo", "--reward", "parses", "--steps", "40"), *("--answer-tokens", "24", "--beta", "0.02")]
-
-
 def align() -> Any:
-    """DPO on pairs of film reviews, and GRPO towards code that parses."""
-    found: dict[str, Any] = {"dpo": [], "grpo": []}
-    interleaf = str(Path(sys.executable).parent / "interleaf")
-    with tempfile.TemporaryDirectory() as folder:
-        for name, words in {
-            "dpo": ["configs/preferences.yaml", *PREFERENCES],
-            "grpo": ["configs/code-rewards.yaml", *PARSES],
-        }.items():
-            for seed in SEEDS[:2]:
-                config = Path(folder) / f"{name}-{seed}.yaml"
-                text = (ROOT / words[0]).read_text("utf-8")
-                text = "\n".join(line for line in text.splitlines() if not line.startswith("out:"))
-                config.write_text(f"{text}\nout: {folder}/{name}-{seed}\nseed: {seed}\n", "utf-8")
-                command = [interleaf, "align", str(config), *words[1:], "--json"]
-                done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-                told = json.loads(done.stdout)
-                print(name, seed, told["metrics"], told["seconds"], file=sys.stderr, flush=True)
-                rewards = [one["reward"] for one in told["history"] if "reward" in one]
-                found[name].append({"metrics": told["metrics"], "rewards": rewards})
+    """DPO on pairs of film reviews, and GRPO towards code that parses, beside training on the good texts alone."""
+    ways = {"dpo": preferred, "grpo": rewarded}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for name, work in ways.items():
+        for way in ("plain", name):
+            found.setdefault(name, {})[way] = [alone(work, way, seed) for seed in SEEDS[:2]]
+            print(name, way, found[name][way], file=sys.stderr, flush=True)
     return found
+
+
+def preferred(way: str, seed: int) -> dict[str, float]:
+    """Train on pairs by DPO, or on the preferred texts of the same pairs; return what held-out pairs say of it."""
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        given = read_settings(ROOT / "configs" / "preferences.yaml", {"out": f"{folder}/dpo", "seed": seed})
+        trainer = study.make_trainer(given, PREFERENCES, *study.rows_for(given, PREFERENCES))
+        trainer.loss_types = ["sigmoid" if way == "dpo" else "sft"]
+        trainer.train()
+        told = trainer.evaluate()
+    return {"pairs": told["eval_rewards/accuracies"], "margin": told["eval_rewards/margins"]}
+
+
+def rewarded(way: str, seed: int) -> dict[str, Any]:
+    """Train by GRPO, or on the answers that stand in the data; return how many held-out answers parse."""
+    from interleaf.tasks.rows import read_rows
+
+    quiet()
+    rows = read_rows("bundled:stdlib-code")
+    train, held = rows.select(range(320)), rows.select(range(len(rows) - 32, len(rows)))
+    with tempfile.TemporaryDirectory() as folder:
+        out = f"{folder}/adapter"
+        given = read_settings(ROOT / "configs" / "code-rewards.yaml", {"out": out, "seed": seed})
+        if way == "grpo":
+            history = study.align(given, PARSES).history
+        else:
+            train.to_json(f"{folder}/train.jsonl")
+            held.to_json(f"{folder}/dev.jsonl")
+            few = {"dev_rows": 8, "max_new_tokens": 8}
+            files = {"train": f"{folder}/train.jsonl", "dev": f"{folder}/dev.jsonl", "limit": None}
+            plain = replace(given, **files, task="code", task_options=few, max_length=128, batch_size=8, epochs=1)
+            history = prepare(plain).train().history
+        model = adapt(AutoModelForCausalLM.from_pretrained(resolve(given.base)))
+        tokenizer = AutoTokenizer.from_pretrained(resolve(given.base), padding_side="left")
+        model.load_adapter(out, "trained")
+        found = {"parse": parsing(model, tokenizer, held["prompt"], seed)}
+        with model.disable_adapter():
+            found["base"] = parsing(model, tokenizer, held["prompt"], seed)
+    return {**found, "rewards": [one["reward"] for one in history if "reward" in one]}
+
+
+def parsing(model: Any, tokenizer: Any, prompts: list[str], seed: int) -> float:
+    """Return the share of answers, eight drawn for each prompt, that parse with it."""
+    torch.manual_seed(seed)
+    reward, rewards = study.reward_of(PARSES), []
+    for at in range(0, len(prompts), 8):
+        asked = [prompt for prompt in prompts[at : at + 8] for _ in range(8)]
+        batch = tokenizer(asked, return_tensors="pt", padding=True)
+        with torch.inference_mode():
+            said = model.generate(
+                **batch,
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=PARSES.answer_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        answers = tokenizer.batch_decode(said[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        rewards += reward(asked, answers)
+    return statistics.fmean(rewards)
 
 
 def memory() -> Any:
     """DPO's peak memory: an adapter whose reference is the base below it, and TRL's own two ways."""
     ways = ("adapter", "adapter and a second model", "full fine-tuning and a second model")
-    return {way: [alone(peak, way, seed) for seed in SEEDS] for way in ways}
+    return {way: alone(peak, way) for way in ways}
 
 
 def alone(work: Callable[..., Any], *given: Any) -> Any:
@@ -258,31 +309,25 @@ def alone(work: Callable[..., Any], *given: Any) -> Any:
         return pool.submit(work, *given).result()
 
 
-def peak(way: str, seed: int) -> float:
+def peak(way: str) -> float:
     """Take five steps of DPO; return MiB at most."""
-    from transformers import AutoModelForCausalLM
     from trl import DPOTrainer
-
-    from interleaf.bundled import resolve
-    from interleaf.studies import align as study
 
     quiet()
     with tempfile.TemporaryDirectory() as folder:
         config = ROOT / "configs" / "preferences.yaml"
-        given = read_settings(config, {"out": f"{folder}/dpo", "seed": seed, "limit": 45, "dev_fraction": 0.1})
-        how = study.AlignSettings(prefer="positive", prompt="A film review: ", steps=5)
+        given = read_settings(config, {"out": f"{folder}/dpo", "limit": 45, "dev_fraction": 0.1})
+        how = replace(PREFERENCES, steps=5)
         train, dev = study.rows_for(given, how)
         trainer = study.make_trainer(given, how, train, dev)
         if way != "adapter":
-            path = resolve(given.base)
-            model = trainer.model if way.startswith("adapter") else AutoModelForCausalLM.from_pretrained(path)
-            trainer = DPOTrainer(
-                model=model,
-                ref_model=AutoModelForCausalLM.from_pretrained(path),
-                args=trainer.args,
-                train_dataset=train,
-                processing_class=trainer.processing_class,
-            )
+            path, args, tokenizer = resolve(given.base), trainer.args, trainer.processing_class
+            model = trainer.model if way.startswith("adapter") else None
+            del trainer
+            gc.collect()
+            model = model or AutoModelForCausalLM.from_pretrained(path)
+            second = AutoModelForCausalLM.from_pretrained(path)
+            trainer = DPOTrainer(model, second, args=args, train_dataset=train, processing_class=tokenizer)
         trainer.train()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
