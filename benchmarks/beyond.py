@@ -145,9 +145,9 @@ def depth() -> Any:
 
 
 TASKS = {
-    "movies": {"train": "bundled:movie-reviews", "limit": 400},
-    "tweets": {"train": "bundled:tweets", "limit": 400},
-    "topics": {"train": "bundled:bbc", "limit": 200},
+    "movies": {"train": "bundled:movie-reviews", "limit": 400, "epochs": 6},
+    "tweets": {"train": "bundled:tweets", "limit": 400, "epochs": 6},
+    "topics": {"train": "bundled:bbc", "limit": 400, "epochs": 6},
 }
 
 

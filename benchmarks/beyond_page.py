@@ -144,7 +144,7 @@ def of_align(found: dict[str, dict[str, Runs]]) -> list[str]:
     return [
         *table(["trained by", "seeds 0, 1", "mean", "more than plain training"], rows),
         "",
-        "DPO and plain training have the same pairs, steps and adapter. GRPO never saw an answer; plain training had 320.",
+        "DPO and plain training have the same pairs, steps and adapter. GRPO saw no answer; plain training had 320.",
         "",
         f"![{drawn.alt}]({FIGURE})",
         "",
