@@ -400,7 +400,7 @@ def unions_translation() -> Any:
     def interface(folder: str, seed: int, **changed: Any) -> TrainSettings:
         given = {"out": f"{folder}/{time.monotonic_ns()}", "limit": 1000, "seed": seed, "examples": 0, "earlier": None}
         told = read_settings(ROOT / "configs" / "translation-ui.yaml", given)
-        return replace(told, **changed, task_options={**told.task_options, "dev_rows": 200})
+        return replace(told, **changed, task_options={**told.task_options, "dev_rows": 100})
 
     def lora(rank: int) -> dict[str, Any]:
         return {"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"], "r": rank, "lora_alpha": 2 * rank}
