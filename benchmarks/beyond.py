@@ -271,9 +271,9 @@ def rewarded(way: str, seed: int) -> dict[str, Any]:
         model = adapt(AutoModelForCausalLM.from_pretrained(resolve(given.base)))
         tokenizer = AutoTokenizer.from_pretrained(resolve(given.base), padding_side="left")
         model.load_adapter(out, "trained")
-        found = {"parse": parsing(model, tokenizer, held["prompt"], seed)}
+        found = {"parse": parsing(model, tokenizer, held["source"], seed)}
         with model.disable_adapter():
-            found["base"] = parsing(model, tokenizer, held["prompt"], seed)
+            found["base"] = parsing(model, tokenizer, held["source"], seed)
     return {**found, "rewards": [one["reward"] for one in history if "reward" in one]}
 
 

@@ -214,6 +214,12 @@ def test_an_unknown_preset_or_setting_is_refused_with_the_known_ones() -> None:
         as_config("pfeiffer", bottlenek_dim=3)
 
 
+def test_a_kind_s_name_is_its_config_with_the_settings_given() -> None:
+    assert as_config("bottleneck", bottleneck_dim=3) == BottleneckConfig(bottleneck_dim=3)
+    with pytest.raises(ConfigError, match="name the parts"):
+        as_config("union")
+
+
 def test_a_position_or_layer_that_is_not_there_is_refused_and_leaves_the_model_as_it_was() -> None:
     model = interleaf.adapt(build("bert"))
     for options, said in (

@@ -181,7 +181,7 @@ class Registry:
         for kind in cls.kinds.values():
             if name in kind.presets:
                 return kind.config_cls(**kind.presets[name])
-        there = ", ".join(sorted(p for kind in cls.kinds.values() for p in kind.presets))
+        there = ", ".join(sorted({*cls.kinds, *(p for kind in cls.kinds.values() for p in kind.presets)}))
         raise ConfigError(f"there is no preset {name!r}. There are: {there}.")
 
 
@@ -212,18 +212,22 @@ def register_adapter(name: str, presets: dict[str, dict[str, Any]] | None = None
 
 
 def as_config(config: str | AdapterConfig, **overrides: Any) -> AdapterConfig:
-    """Turn a preset's name, or a config, into a config of its own.
+    """Turn the name of a preset or of a kind, or a config, into a config of its own.
 
     Raises:
         ConfigError: an unknown preset or setting.
     """
     import copy
 
-    made = copy.deepcopy(config) if isinstance(config, AdapterConfig) else Registry.preset(config)
-    unknown = set(overrides) - {f.name for f in fields(made)}
-    if unknown:
-        raise ConfigError(f"unknown adapter setting {sorted(unknown)[0]!r} for {type(made).__name__}.")
-    return type(made)(**{**_fields(made), **overrides}) if overrides else made
+    kind = Registry.kinds.get(config) if isinstance(config, str) else None
+    if kind is not None and kind.name not in kind.presets:
+        made, own, settings = None, kind.config_cls, {}
+    else:
+        made = copy.deepcopy(config) if isinstance(config, AdapterConfig) else Registry.preset(config)
+        own, settings = type(made), _fields(made)
+    if unknown := set(overrides) - {f.name for f in fields(own)}:
+        raise ConfigError(f"unknown adapter setting {sorted(unknown)[0]!r} for {own.__name__}.")
+    return own(**{**settings, **overrides}) if made is None or overrides else made
 
 
 def _fields(config: AdapterConfig) -> dict[str, Any]:
