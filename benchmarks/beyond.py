@@ -327,7 +327,7 @@ def peak(way: str) -> float:
             gc.collect()
             model = model or AutoModelForCausalLM.from_pretrained(path)
             second = AutoModelForCausalLM.from_pretrained(path)
-            trainer = DPOTrainer(model, second, args=args, train_dataset=train, processing_class=tokenizer)
+            trainer = DPOTrainer(model, second, args, train_dataset=train, eval_dataset=dev, processing_class=tokenizer)
         trainer.train()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
