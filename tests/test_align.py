@@ -17,6 +17,7 @@ from interleaf import bundled
 from interleaf.errors import ConfigError, DataError
 from interleaf.settings import TrainSettings
 from interleaf.studies.align import AlignSettings, align, make_trainer, reward_of, rows_for
+from interleaf.tasks.rows import read_rows
 from tests.test_generation import save_base
 from tests.test_trunk_cache import without_dropout
 from tests.zoo import randomise
@@ -104,6 +105,17 @@ def test_a_reward_model_prefers_what_is_preferred(reviews: Path, tmp_path: Path)
     assert done.history
     assert any(one.get("eval_accuracy", 0) >= 0.5 for one in done.history)
     assert any("score" in key or "classifier" in key for key in _tensors(done.path))
+
+
+def test_labelled_texts_are_paired_and_a_space_goes_with_the_word_after_it(reviews: Path, settings: Any) -> None:
+    how = AlignSettings("dpo", prefer="positive", prompt="A film review: ")
+    train, dev = rows_for(dataclasses.replace(settings, train=str(reviews)), how)
+    labels = {row["text"]: row["label"] for row in read_rows(str(reviews)).to_list()}
+    assert dev is not None
+    for row in [*train, *dev]:
+        assert row["prompt"] == "A film review:"
+        assert row["chosen"][0] == row["rejected"][0] == " "
+        assert (labels[row["chosen"][1:]], labels[row["rejected"][1:]]) == ("positive", "negative")
 
 
 def _tensors(path: Path) -> Any:

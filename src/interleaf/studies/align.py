@@ -246,7 +246,10 @@ def pairs(data: Dataset, settings: TrainSettings, how: AlignSettings) -> Dataset
     rng.shuffle(wanted)
     rng.shuffle(others)
     count = min(len(wanted), len(others))
-    return Dataset.from_dict({"prompt": [how.prompt] * count, "chosen": wanted[:count], "rejected": others[:count]})
+    prompt = how.prompt.rstrip()
+    gap = how.prompt[len(prompt) :]  # a tokenizer joins a space to the word after it
+    chosen, rejected = ([gap + text for text in texts[:count]] for texts in (wanted, others))
+    return Dataset.from_dict({"prompt": [prompt] * count, "chosen": chosen, "rejected": rejected})
 
 
 def _prompts(data: Dataset, settings: TrainSettings, how: AlignSettings) -> Dataset:
