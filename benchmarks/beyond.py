@@ -191,7 +191,10 @@ def transfer() -> Any:
     found: dict[str, list[float]] = {}
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as folder:
-            old = {n: settings(folder, seed, name=n, out=f"{folder}/{n}", **TASKS[n]) for n in ("movies", "topics")}
+            old = {
+                "movies": settings(folder, seed, name="movies", out=f"{folder}/movies", limit=400),
+                "topics": settings(folder, seed, name="topics", out=f"{folder}/topics", train="bundled:bbc", limit=200),
+            }
             train_multitask(prepare_multitask(list(old.values()), f"{folder}/shared"), f"{folder}/shared")
             prepare(replace(old["movies"], out=f"{folder}/films", name="films")).train()
             new = settings(folder, seed, train="bundled:tweets", limit=64, epochs=20)
