@@ -401,21 +401,23 @@ def unions_translation() -> Any:
     """Labels and messages of programs into Portuguese: the same methods."""
 
     def interface(folder: str, seed: int, **changed: Any) -> TrainSettings:
-        given = {"out": f"{folder}/{time.monotonic_ns()}", "limit": 1000, "seed": seed, "examples": 0, "earlier": None}
+        given = {"out": f"{folder}/{time.monotonic_ns()}", "limit": 1000, "seed": seed, "examples": 0}
         told = read_settings(ROOT / "configs" / "translation-ui.yaml", given)
-        return replace(told, **changed, task_options={**told.task_options, "dev_rows": 100})
+        return replace(told, **changed, earlier=None, task_options={**told.task_options, "dev_rows": 100})
 
     def lora(rank: int) -> dict[str, Any]:
         return {"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"], "r": rank, "lora_alpha": 2 * rank}
 
+    ia3 = {"peft_type": "IA3", "target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": []}
     made = {
         "plain bottleneck": union(bottleneck(24)),
         "LoRA": union(lora(11)),
         "prefix": union(prefix(24)),
-        "(IA)3": union({"peft_type": "IA3", "target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": []}),
+        "(IA)3": union(ia3),
         "bottleneck and LoRA": union(bottleneck(12), lora(5)),
         "bottleneck and prefix": union(bottleneck(12), prefix(12)),
         "bottleneck and prompt": union(bottleneck(20), prompt(64)),
+        "bottleneck, LoRA, prefix and (IA)3": union(bottleneck(8), lora(3), prefix(8), ia3),
     }
     return arms(made, interface)
 
