@@ -344,13 +344,14 @@ def given(page: str) -> list[str]:
 def commands() -> Any:
     """Every command of the page, as a newcomer gives it, one after the other in one folder: how long each takes."""
     found: dict[str, float] = {}
+    surroundings = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "configs").symlink_to(ROOT / "configs")
         for line in given(PAGE.read_text("utf-8")):
             began = time.monotonic()
             words = shlex.split(line)
             words[0] = str(Path(sys.executable).parent / words[0])
-            done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+            done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=surroundings)
             if done.returncode:
                 raise RuntimeError(f"{line}: {done.stderr}")
             found[line] = time.monotonic() - began
