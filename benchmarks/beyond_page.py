@@ -181,7 +181,8 @@ def of_memory(found: dict[str, float]) -> list[str]:
 
 def of_search(found: dict[str, Any]) -> list[str]:
     """Tell of what the search recommends."""
-    kept = {key: found["recommended"].get(key) for key in ("adapter", "adapter_options", "learning_rate")}
+    wanted = ("adapter", "adapter_options", "learning_rate")
+    kept = {key: found["recommended"][key] for key in wanted if key in found["recommended"]}
     return [*of_arms(found["arms"]), "", f"It recommended `{kept}`."]
 
 
