@@ -38,20 +38,32 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
 
 
+def told(values: Sequence[float], plain: Sequence[float], form: str = "{:.3f}") -> list[str]:
+    """Return what each seed gave, the mean, and what it is more than the plain one's, unless it is that."""
+    more = "" if values is plain else beside(values, plain, form.replace(":", ":+"))
+    return [", ".join(map(form.format, values)), shown(values, form), more]
+
+
+def grid(found: dict[str, dict[str, list[float]]]) -> list[list[str]]:
+    """Return rows of means, each with what it is more than the first row's."""
+    plain = next(iter(found.values()))
+    return [
+        [
+            name,
+            *(
+                shown(values) + ("" if row is plain else f" ({beside(values, plain[column])})")
+                for column, values in row.items()
+            ),
+        ]
+        for name, row in found.items()
+    ]
+
+
 def of_arms(found: dict[str, Runs], measure: str = "F1", form: str = "{:.3f}") -> list[str]:
     """Tell of arms: what each seed gave, the mean, what it is more than the first arm's, the parameters."""
     by_arm = {name: [run["score"] for run in runs] for name, runs in found.items()}
     plain = next(iter(by_arm.values()))
-    rows = [
-        [
-            name,
-            ", ".join(map(form.format, scores)),
-            shown(scores, form),
-            "" if scores is plain else beside(scores, plain, form.replace(":", ":+")),
-            f"{found[name][0]['parameters']:,}",
-        ]
-        for name, scores in by_arm.items()
-    ]
+    rows = [[name, *told(scores, plain, form), f"{found[name][0]['parameters']:,}"] for name, scores in by_arm.items()]
     return table(["", f"held-out {measure}, seeds 0, 1, 2", "mean", "more than the first row's", "parameters"], rows)
 
 
@@ -62,44 +74,25 @@ def of_translation(found: dict[str, Runs]) -> list[str]:
 
 def of_depth(found: dict[str, Runs]) -> list[str]:
     """Tell of the curve: quality and time at each depth."""
-    plain = [run["score"] for run in next(iter(found.values()))]
-    rows = []
-    for name, runs in found.items():
-        scores = [run["score"] for run in runs]
-        rows.append(
-            [
-                name,
-                ", ".join(f"{score:.3f}" for score in scores),
-                shown(scores),
-                "" if scores == plain else beside(scores, plain),
-                shown([run["time"] for run in runs]),
-            ]
-        )
+    by_depth = {name: [run["score"] for run in runs] for name, runs in found.items()}
+    plain = next(iter(by_depth.values()))
+    rows = [
+        [name, *told(scores, plain), shown([run["time"] for run in found[name]])] for name, scores in by_depth.items()
+    ]
     columns = ["adapter in", "held-out F1, seeds 0, 1, 2", "mean", "more than the first row's", "forward pass, ratio"]
     return table(columns, rows)
 
 
 def of_multitask(found: dict[str, dict[str, list[float]]]) -> list[str]:
     """Tell of each task's F1."""
-    plain = next(iter(found.values()))
-    rows = []
-    for name, by_task in found.items():
-        told = [
-            shown(scores) + ("" if by_task is plain else f" ({beside(scores, plain[task])})")
-            for task, scores in by_task.items()
-        ]
-        rows.append([name, *told])
-    lines = table(["held-out F1", *plain], rows)
+    lines = table(["held-out F1", *next(iter(found.values()))], grid(found))
     return [*lines, "", "Three seeds; in brackets, what it is more than each task's adapter trained alone."]
 
 
 def of_transfer(found: dict[str, list[float]]) -> list[str]:
     """Tell of the new task's F1."""
     plain = next(iter(found.values()))
-    rows = [
-        [name, ", ".join(f"{v:.3f}" for v in values), shown(values), "" if values is plain else beside(values, plain)]
-        for name, values in found.items()
-    ]
+    rows = [[name, *told(values, plain)] for name, values in found.items()]
     columns = [
         "64 tweets to learn from, beginning at",
         "held-out F1, seeds 0, 1, 2",
@@ -113,14 +106,7 @@ def of_meta(found: dict[str, dict[str, list[float]]]) -> list[str]:
     """Tell of the accuracy after some steps."""
     plain = next(iter(found.values()))
     tasks = len(next(iter(plain.values())))
-    rows = []
-    for name, by_steps in found.items():
-        told = [
-            shown(scores) + ("" if by_steps is plain else f" ({beside(scores, plain[count])})")
-            for count, scores in by_steps.items()
-        ]
-        rows.append([name, *told])
-    lines = table(["start", *(f"after {count} step{'s' * (count != '1')}" for count in plain)], rows)
+    lines = table(["start", *(f"after {count} step{'s' * (count != '1')}" for count in plain)], grid(found))
     return [
         *lines,
         "",
@@ -131,15 +117,15 @@ def of_meta(found: dict[str, dict[str, list[float]]]) -> list[str]:
 
 def of_align(found: dict[str, dict[str, Runs]]) -> list[str]:
     """Tell of what was learnt."""
-    told = {"dpo": {"plain": "the preferred texts alone"}, "grpo": {"plain": "the answers in the data"}}
+    called = {"dpo": {"plain": "the preferred texts alone"}, "grpo": {"plain": "the answers in the data"}}
     rows = []
     for name, of in {"dpo": "pairs", "grpo": "parse"}.items():
         by_way = {way: [run[of] for run in runs] for way, runs in found[name].items()}
         if name == "grpo":
-            rows.append(["untrained base: " + MEASURES[of], *each([run["base"] for run in found[name]["grpo"]]), ""])
+            base = [run["base"] for run in found[name]["grpo"]]
+            rows.append(["untrained base: " + MEASURES[of], *told(base, base)])
         for way, values in by_way.items():
-            more = "" if way == "plain" else beside(values, by_way["plain"])
-            rows.append([f"{told[name].get(way, way.upper())}: {MEASURES[of]}", *each(values), more])
+            rows.append([f"{called[name].get(way, way.upper())}: {MEASURES[of]}", *told(values, by_way["plain"])])
     drawn = curve(found)
     return [
         *table(["trained by", "seeds 0, 1", "mean", "more than plain training"], rows),
@@ -153,11 +139,6 @@ def of_align(found: dict[str, dict[str, Runs]]) -> list[str]:
 
 
 MEASURES = {"pairs": "held-out pairs told rightly", "parse": "held-out answers that parse"}
-
-
-def each(values: Sequence[float]) -> list[str]:
-    """Return values one by one, and their mean."""
-    return [", ".join(f"{value:.3f}" for value in values), shown(values)]
 
 
 def curve(found: dict[str, dict[str, Runs]]) -> Figure:
@@ -213,8 +194,8 @@ def page(stored: dict[str, Any], text: str) -> str:
         before, mark, rest = text.partition(MARK.format(part, part))
         made = found["environment"]
         versions = ", ".join(f"{name} {made[name]}" for name in ("torch", "transformers", "peft"))
-        told = f"{made['cores']} cores, {made['device']}; {versions}."
-        lines = [mark, "", *TOLD[part](found["figures"]), "", told, "", END]
+        with_what = f"{made['cores']} cores, {made['device']}; {versions}."
+        lines = [mark, "", *TOLD[part](found["figures"]), "", with_what, "", END]
         text = before + "\n".join(lines) + rest.partition(END)[2]
     return text
 
