@@ -21,7 +21,7 @@ help:
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) -e ".[demo,dev,explain,report,search,align]"
+	$(PIP) -e ".[demo,dev,explain,report,search,ray,align]"
 	touch $@
 
 demo: $(VENV)/.installed

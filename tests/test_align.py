@@ -15,6 +15,7 @@ import torch
 import interleaf
 from interleaf import bundled
 from interleaf.errors import ConfigError, DataError
+from interleaf.evaluate import open_adapter
 from interleaf.settings import TrainSettings
 from interleaf.studies.align import AlignSettings, align, make_trainer, reward_of, rows_for
 from interleaf.tasks.rows import read_rows
@@ -68,15 +69,20 @@ def test_dpo_with_the_adapter_off_gives_the_loss_of_two_models(settings: TrainSe
 
 
 def test_a_preference_is_learnt_and_saved(settings: TrainSettings) -> None:
-    done = align(dataclasses.replace(settings, epochs=8), AlignSettings("dpo"))
+    done = align(dataclasses.replace(settings, epochs=8, name="mine"), AlignSettings("dpo"))
     losses = [one["eval_loss"] for one in done.history if "eval_loss" in one]
     assert losses[-1] < losses[0]
     from transformers import AutoModelForCausalLM
 
     model = interleaf.adapt(AutoModelForCausalLM.from_pretrained(settings.base))
     model.load_adapter(done.path)
-    assert model.active_adapters() == ["default"]
+    assert model.active_adapters() == ["mine"]
     assert json.loads((done.path / "interleaf.json").read_text())["run"]["align"]["method"] == "dpo"
+    opened = open_adapter(done.path)
+    [said] = opened.predict(["a word"])
+    with opened.model.disable_adapter():
+        [before] = opened.predict(["a word"])
+    assert said != before
 
 
 def test_grpo_runs_with_a_reward_that_is_computed(settings: TrainSettings) -> None:

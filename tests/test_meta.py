@@ -38,6 +38,7 @@ def settings(tmp_path: Path) -> TrainSettings:
         adapter_options={"layers": "last:1", "bottleneck_dim": 4},
         max_length=12,
         learning_rate=1e-2,
+        precision="float32",
     )
 
 

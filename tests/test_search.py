@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 import pytest
 import yaml
+from ray.cluster_utils import Cluster
 
 from interleaf.errors import ConfigError
 from interleaf.settings import TrainSettings, read_settings
@@ -66,6 +67,25 @@ def test_two_worker_processes_share_a_study(settings: TrainSettings, tmp_path: P
     done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
     assert len(done) >= 3
     assert len({trial.user_attrs["process"] for trial in done}) == 2
+
+
+@pytest.mark.slow
+def test_two_workers_of_a_ray_cluster_share_a_study(
+    settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.csv").write_bytes(Path(settings.train).read_bytes())
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        study = search(Job(dataclasses.replace(settings, train="rows.csv"), "study", trials=3), 2, cluster.address)
+    finally:
+        cluster.shutdown()
+    done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    assert len(done) >= 3
+    processes = {trial.user_attrs["process"] for trial in done}
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+    assert Path("study/trials/0/adapter_model.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -112,7 +112,6 @@ def test_half_of_the_bits_are_enough_if_asked_for(encoder: TrainSettings) -> Non
 
 
 def test_bfloat16_trains_and_weights_stay_as_they_are(encoder: TrainSettings) -> None:
-    assert not in_bfloat16("float32")
     _, full = trained(encoder)
     _, half = trained(replace(encoder, precision="bfloat16", out=encoder.out + "-bf16"))
     for name, tensor in half.items():
@@ -121,6 +120,18 @@ def test_bfloat16_trains_and_weights_stay_as_they_are(encoder: TrainSettings) ->
     assert any(not torch.equal(full[name], half[name]) for name in full)
     with pytest.raises(ConfigError, match="expected auto, float32 or bfloat16"):
         replace(encoder, precision="int3")
+
+
+@pytest.mark.parametrize(
+    ("instructions", "expected"), [(set(), False), ({"avx512_bf16"}, False), ({"avx512_bf16", "amx_bf16"}, True)]
+)
+def test_it_is_chosen_where_a_cpu_is_faster_so(
+    instructions: set[str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
+    assert in_bfloat16("auto") is expected
+    assert not in_bfloat16("float32")
 
 
 def test_batches_by_tokens_are_the_same_to_the_bit_too(encoder: TrainSettings) -> None:

@@ -137,6 +137,7 @@ def save(
     from interleaf import __version__
     from interleaf.model import adapter_tensors
 
+    adaptation = adaptation or Adaptation()
     tensors = {k: v.detach().cpu().contiguous() for k, v in adapter_tensors(model._module, name).items()}
     if bad := [k for k, v in tensors.items() if not torch.isfinite(v).all()]:
         raise StoreError(f"adapter {name!r} holds NaN or infinity in {bad[0]}; it was not saved.")
@@ -147,10 +148,10 @@ def save(
         record = {
             "format": FORMAT,
             "interleaf": __version__,
-            "name": name,
+            "name": adaptation.run.get("name", name),  # TRL calls every adapter "default"
             "base": fingerprint(model._module, tokenizer),
             "sha256": _sha256(folder / WEIGHTS),
-            **dataclasses.asdict(adaptation or Adaptation()),
+            **dataclasses.asdict(adaptation),
         }
         _write_json(folder / CONFIG, config)
         _write_json(folder / RECORD, record)

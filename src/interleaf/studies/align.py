@@ -27,6 +27,7 @@ from interleaf.record import command, environment
 from interleaf.sandbox import run_programs
 from interleaf.settings import TrainSettings
 from interleaf.store import Adaptation
+from interleaf.tasks.code import Code
 from interleaf.tasks.rows import LABEL_COLUMNS, TEXT_COLUMNS, find_column, read_rows
 
 if TYPE_CHECKING:
@@ -99,7 +100,10 @@ def align(settings: TrainSettings, how: AlignSettings, *callbacks: TrainerCallba
     model.peft_config[name].base_model_name_or_path = settings.base
     history = [{k: v for k, v in one.items() if isinstance(v, int | float)} for one in trainer.state.log_history]
     seconds = time.monotonic() - start
+    # what it learnt is to answer: `interleaf chat` and `predict` ask it
+    task = Code(text="prompt", stop=[]) if how.method != "reward" else None
     adaptation = Adaptation(
+        task=None if task is None else {"name": task.name, "state": task.state()},
         run={**settings.as_dict(), "align": dataclasses.asdict(how)},
         metrics=last(history, how),
         seconds=round(seconds, 1),

@@ -15,10 +15,12 @@ import itertools
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
@@ -31,6 +33,7 @@ from interleaf.store import Adaptation
 from interleaf.tasks.classification import TextClassification
 from interleaf.tasks.rows import model_inputs
 from interleaf.train import make_task
+from interleaf.trunk_cache import trunk_cache
 
 METHODS = ("reptile", "fomaml")
 
@@ -218,8 +221,28 @@ def _trained(model: Any, name: str) -> tuple[list[Tensor], list[Tensor]]:
     return [p for place, part in parts.items() if place.endswith(".adapters") for p in part.parameters()], heads
 
 
-def _run(model: Any, pool: Pool, settings: TrainSettings, batches: list[Any], *callbacks: TrainerCallback) -> None:
-    collate = pool.task.collator(pool.tokenizer)
+Batches = list[list[dict[str, Any]]]
+
+
+@contextmanager
+def _cached(
+    model: Any, pool: Pool, settings: TrainSettings, batches: Batches, asked: Batches
+) -> Iterator[tuple[Batches, Batches, Callable[[Any], Any]]]:
+    """Yield batches to learn from, others to ask about, and what makes the model's input of one.
+
+    An episode learns from the same rows again and again: the frozen layers below run once for each.
+    """
+    train, dev = (Dataset.from_list([row for batch in every for row in batch]) for every in (batches, asked or batches))
+    with trunk_cache(model, train, dev, pool.task.collator(pool.tokenizer), settings) as rows:
+        yield _divided(rows.train, batches), _divided(rows.dev, asked), rows.collate
+
+
+def _divided(rows: Dataset, batches: Batches) -> Batches:
+    every = iter(rows.to_list())
+    return [list(itertools.islice(every, len(batch))) for batch in batches]
+
+
+def _run(model: Any, pool: Pool, settings: TrainSettings, batches: Batches, collate: Any, *callbacks: Any) -> None:
     arguments = dataclasses.replace(
         training_arguments(settings, Path(settings.out + ".log"), pool.task),
         num_train_epochs=1,
@@ -262,7 +285,8 @@ def pretrain(pool: Pool, settings: TrainSettings, meta: MetaSettings, *callbacks
     model = adapted_model(task, settings)
     every = [{**row, "labels": label} for label, name in enumerate(pool.seen) for row in pool.rows[name]]
     batches = [rng.sample(every, meta.ways * meta.shots) for _ in range(meta.rounds * meta.steps)]
-    _run(model, pool, settings, batches, *callbacks)
+    with _cached(model, pool, settings, batches, []) as (rows, _, collate):
+        _run(model, pool, settings, rows, collate, *callbacks)
     found = fresh(pool, settings)
     with torch.no_grad():
         for weights, learnt in zip(_trained(found, settings.name)[0], _trained(model, settings.name)[0], strict=True):
@@ -292,7 +316,8 @@ def learn(pool: Pool, settings: TrainSettings, meta: MetaSettings, *callbacks: T
         outer = Episodes(adapter, head, length, end=reptile(adapter, rates))
     else:
         outer = Episodes(adapter, head, length, query=fomaml(adapter, meta.rate))
-    _run(model, pool, settings, batches, outer, *callbacks)
+    with _cached(model, pool, settings, batches, []) as (laid_out, _, collate):
+        _run(model, pool, settings, laid_out, collate, outer, *callbacks)
     return model
 
 
@@ -315,17 +340,17 @@ def measure(model: Any, pool: Pool, settings: TrainSettings, meta: MetaSettings,
         known = {id(row) for row in learnt}
         asked.append([row for row in rows if id(row) not in known])
         batches += [learnt] * steps
-    collate = pool.task.collator(pool.tokenizer)
+    with _cached(model, pool, settings, batches, asked) as (laid_out, questions, collate):
 
-    def score(start: list[Tensor]) -> None:
-        batch = collate(asked[len(found)])
-        model.eval()
-        with torch.inference_mode():
-            said = model(**{k: v.to(model.device) for k, v in batch.items() if k != "labels"}).logits.argmax(-1)
-        model.train()
-        found.append(float((said.cpu() == batch["labels"]).float().mean()))
+        def score(start: list[Tensor]) -> None:
+            batch = collate(questions[len(found)])
+            model.eval()
+            with torch.inference_mode():
+                said = model(**{k: v.to(model.device) for k, v in batch.items() if k != "labels"}).logits.argmax(-1)
+            model.train()
+            found.append(float((said.cpu() == batch["labels"]).float().mean()))
 
-    _run(model, pool, settings, batches, Episodes(adapter, head, steps, end=score))
+        _run(model, pool, settings, laid_out, collate, Episodes(adapter, head, steps, end=score))
     return found
 
 

@@ -234,9 +234,20 @@ def _on_ray(address: str, jobs: Sequence[Job]) -> None:
         import ray
     except ImportError as error:
         raise ConfigError("--ray needs Ray. Run: pip install 'interleaf[ray]'") from error
-    ray.init(address=None if address == "local" else address, ignore_reinit_error=True)
-    remote = ray.remote(work)
-    ray.get([remote.remote(job) for job in jobs])
+    mine = not ray.is_initialized()
+    ray.init(address=address, ignore_reinit_error=True)
+    try:
+        remote = ray.remote(_there)
+        ray.get([remote.remote(os.getcwd(), job) for job in jobs])
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _there(folder: str, job: Job) -> None:
+    """Work in a folder that a worker of a cluster shares: paths of a config may be relative."""
+    os.chdir(folder)
+    work(job)
 
 
 def told(trial: FrozenTrial) -> str:
