@@ -229,26 +229,27 @@ def meta() -> Any:
     return found
 
 
-def align() -> Any:
-    """DPO on pairs of film reviews, and GRPO towards code that parses, beside training on the good texts alone."""
-    ways = {"dpo": preferred, "grpo": rewarded}
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for name, work in ways.items():
-        for way in ("plain", name):
-            found.setdefault(name, {})[way] = [alone(work, way, seed) for seed in SEEDS[:2]]
-            print(name, way, found[name][way], file=sys.stderr, flush=True)
-    return found
+def preferences() -> Any:
+    """DPO on pairs of film reviews, beside training on the preferred texts alone."""
+    return {way: [alone(preferred, way, seed) for seed in SEEDS] for way in ("plain", "dpo")}
+
+
+def rewards() -> Any:
+    """GRPO towards code that parses, beside training on the answers in the data."""
+    return {way: [alone(rewarded, way, seed) for seed in SEEDS[:2]] for way in ("plain", "grpo")}
 
 
 def preferred(way: str, seed: int) -> dict[str, float]:
-    """Train on pairs by DPO, or on the preferred texts of the same pairs; return what held-out pairs say of it."""
+    """Train on 270 pairs by DPO, or on the preferred texts of the same pairs; return what 230 others say of it."""
     quiet()
     with tempfile.TemporaryDirectory() as folder:
-        given = read_settings(ROOT / "configs" / "preferences.yaml", {"out": f"{folder}/dpo", "seed": seed})
+        more = {"out": f"{folder}/dpo", "seed": seed, "limit": 500, "dev_fraction": 0.46}
+        given = read_settings(ROOT / "configs" / "preferences.yaml", more)
         trainer = study.make_trainer(given, PREFERENCES, *study.rows_for(given, PREFERENCES))
         trainer.loss_types = ["sigmoid" if way == "dpo" else "sft"]
         trainer.train()
         told = trainer.evaluate()
+    print("preferences", way, seed, told, file=sys.stderr, flush=True)
     return {"pairs": told["eval_rewards/accuracies"], "margin": told["eval_rewards/margins"]}
 
 
@@ -274,10 +275,13 @@ def rewarded(way: str, seed: int) -> dict[str, Any]:
         model = adapt(AutoModelForCausalLM.from_pretrained(resolve(given.base)))
         tokenizer = AutoTokenizer.from_pretrained(resolve(given.base), padding_side="left")
         model.load_adapter(out, "trained")
-        found = {"parse": parsing(model, tokenizer, held["source"], seed)}
-        with model.disable_adapter():
-            found["base"] = parsing(model, tokenizer, held["source"], seed)
-    return {**found, "rewards": [one["reward"] for one in history if "reward" in one]}
+        found: dict[str, Any] = {"parse": parsing(model, tokenizer, held["source"], seed)}
+        if way == "grpo":
+            found["rewards"] = [one["reward"] for one in history if "reward" in one]
+            with model.disable_adapter():
+                found["base"] = parsing(model, tokenizer, held["source"], seed)
+    print("rewards", way, seed, found, file=sys.stderr, flush=True)
+    return found
 
 
 def parsing(model: Any, tokenizer: Any, prompts: list[str], seed: int) -> float:
@@ -379,46 +383,54 @@ def prompt(tokens: int) -> dict[str, Any]:
     return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": tokens}
 
 
+def lora(rank: int, *modules: str) -> dict[str, Any]:
+    """Return LoRA of some of an attention's maps."""
+    return {"peft_type": "LORA", "target_modules": list(modules), "r": rank, "lora_alpha": 2 * rank}
+
+
+def ia3(inner: str, *modules: str) -> dict[str, Any]:
+    """Return (IA)3: a factor for each output of some of an attention's maps, and for each input of another."""
+    return {"peft_type": "IA3", "target_modules": [*modules, inner], "feedforward_modules": [inner]}
+
+
 def unions() -> Any:
-    """Film reviews: each method alone and beside a bottleneck, at about as many parameters."""
-
-    def lora(rank: int) -> dict[str, Any]:
-        return {"peft_type": "LORA", "target_modules": ["query", "value"], "r": rank, "lora_alpha": 2 * rank}
-
+    """Film reviews: each method alone, each beside a bottleneck, and all; where they can have them, 113,040 weights."""
+    attention, factors = ("query", "value"), ia3("output.dense", "key", "value")
     made = {
         "plain bottleneck": union(bottleneck(24)),
-        "LoRA": union(lora(6)),
-        "prefix": union(prefix(8)),
+        "LoRA": union(lora(12, *attention)),
+        "prefix": union(prefix(24)),
         "prompt": union(prompt(96)),
-        "(IA)3": union({"peft_type": "IA3", "target_modules": ["key", "value", "output.dense"]}),
-        "bottleneck and LoRA": union(bottleneck(12), lora(3)),
-        "bottleneck and prefix": union(bottleneck(12), prefix(4)),
-        "bottleneck and prompt": union(bottleneck(16), prompt(32)),
+        "(IA)3": union(factors),
+        "bottleneck and LoRA": union(bottleneck(12), lora(6, *attention)),
+        "bottleneck and prefix": union(bottleneck(12), prefix(12)),
+        "bottleneck and prompt": union(bottleneck(20), prompt(48)),
+        "bottleneck and (IA)3": union(bottleneck(20), factors),
+        "bottleneck, LoRA, prefix and (IA)3": union(bottleneck(8), lora(4, *attention), prefix(4), factors),
     }
-    return arms({name: {**how, "limit": 400} for name, how in made.items()})
+    return arms({name: {**how, "limit": 600} for name, how in made.items()})
 
 
 def unions_translation() -> Any:
-    """Labels and messages of programs into Portuguese: the same methods."""
+    """Labels and messages of programs into Portuguese: the same methods, at 100,544 weights where they can."""
 
     def interface(folder: str, seed: int, **changed: Any) -> TrainSettings:
         given = {"out": f"{folder}/{time.monotonic_ns()}", "limit": 1000, "seed": seed, "examples": 0}
         told = read_settings(ROOT / "configs" / "translation-ui.yaml", given)
         return replace(told, **changed, earlier=None, task_options={**told.task_options, "dev_rows": 100})
 
-    def lora(rank: int) -> dict[str, Any]:
-        return {"peft_type": "LORA", "target_modules": ["q_proj", "v_proj"], "r": rank, "lora_alpha": 2 * rank}
-
-    ia3 = {"peft_type": "IA3", "target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": []}
+    attention, factors = ("q_proj", "v_proj"), ia3("fc2", "k_proj", "v_proj")
     made = {
         "plain bottleneck": union(bottleneck(24)),
-        "LoRA": union(lora(11)),
+        "LoRA": union(lora(12, *attention)),
         "prefix": union(prefix(24)),
-        "(IA)3": union(ia3),
-        "bottleneck and LoRA": union(bottleneck(12), lora(5)),
+        "prompt": union(prompt(96)),
+        "(IA)3": union(factors),
+        "bottleneck and LoRA": union(bottleneck(12), lora(6, *attention)),
         "bottleneck and prefix": union(bottleneck(12), prefix(12)),
         "bottleneck and prompt": union(bottleneck(20), prompt(64)),
-        "bottleneck, LoRA, prefix and (IA)3": union(bottleneck(8), lora(3), prefix(8), ia3),
+        "bottleneck and (IA)3": union(bottleneck(20), factors),
+        "bottleneck, LoRA, prefix and (IA)3": union(bottleneck(8), lora(4, *attention), prefix(4), factors),
     }
     return arms(made, interface)
 
@@ -455,7 +467,8 @@ PARTS: dict[str, Callable[[], Any]] = {
     "multitask": multitask,
     "transfer": transfer,
     "meta": meta,
-    "align": align,
+    "preferences": preferences,
+    "rewards": rewards,
     "memory": memory,
     "unions": unions,
     "unions_translation": unions_translation,

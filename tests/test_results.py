@@ -62,9 +62,9 @@ def test_what_goes_beyond_the_plain_adapter_is_told_as_measured() -> None:
         told = text.partition(beyond_page.MARK.format(part, part))[2].partition(beyond_page.END)[0]
         assert ("|" in told) is (part in stored), part
         assert ("Not measured yet." in told) is (part not in stored), part
-    if "align" in stored:
+    if "rewards" in stored:
         drawn = (beyond.PAGE.parent / beyond_page.FIGURE).read_text("utf-8")
-        assert drawn == beyond_page.curve(stored["align"]["figures"]).svg + "\n"
+        assert drawn == beyond_page.curve(stored["rewards"]["figures"]).svg + "\n"
     if "commands" in stored:
         timed = stored["commands"]["figures"]
         assert list(timed) == beyond.given(text)
