@@ -126,6 +126,11 @@ def test_units_come_with_tokens_of_the_text_and_can_be_taken_out(subject: Subjec
     assert scored[0]["score"] >= scored[-1]["score"]
     vocabulary = subject.opened.tokenizer.get_vocab()
     assert all(token in vocabulary for token in scored[0]["tokens"])
+    encoded = subject.opened.task.encode(subject.rows, subject.opened.tokenizer)
+    texts = [subject.opened.tokenizer.decode(ids, skip_special_tokens=True) for ids in encoded["input_ids"]]
+    for unit in scored[:8]:
+        assert any(unit["example"].removeprefix("##") in text for text in texts), unit
+        assert unit["example"] or unit["tokens"][0] in ("[CLS]", "[SEP]")
     place = [p for p in subject.places if p.up is not None][scored[0]["number"]]
     assert place.up is not None
     kept = place.up.weight.clone()

@@ -211,16 +211,16 @@ def without_units(chosen: Sequence[tuple[Place, int]]) -> Iterator[None]:
 
 
 def units(subject: Subject, examples: int = 3) -> list[dict[str, Any]]:
-    """Score every bottleneck unit by what it writes, and say which tokens it answers to most.
+    """Score every bottleneck unit by what it writes, and say which tokens it answers to most, and where.
 
     A unit's score is the mean over tokens of its activation's size times the length of what it writes.
 
     Returns:
-        place, unit, score and tokens, the highest score first.
+        place, unit, score, tokens, and the text around the first of these; the highest score first.
     """
     places = [place for place in subject.places if place.up is not None]
     sizes: dict[int, Tensor] = {}
-    tops: dict[int, list[tuple[Tensor, list[str]]]] = defaultdict(list)
+    tops: dict[int, list[tuple[Tensor, ...]]] = defaultdict(list)
     counts: dict[int, int] = defaultdict(int)
 
     def hook(number: int) -> Any:
@@ -232,8 +232,8 @@ def units(subject: Subject, examples: int = 3) -> list[dict[str, Any]]:
             counts[number] += len(kept)
             if h.shape[:-1] == now["input_ids"].shape:
                 best = kept.topk(min(examples, len(kept)), dim=0)
-                ids = now["input_ids"][real][best.indices]
-                tops[number].append((best.values, [subject.opened.tokenizer.convert_ids_to_tokens(i) for i in ids.T]))
+                rows, at = (index[best.indices] for index in real.nonzero(as_tuple=True))
+                tops[number].append((best.values, now["input_ids"], rows, at))
 
         return note
 
@@ -244,14 +244,22 @@ def units(subject: Subject, examples: int = 3) -> list[dict[str, Any]]:
     for number, (place, up) in enumerate(zip(places, ups, strict=True)):
         scores = sizes[number] / counts[number] * up.weight.detach().float().norm(dim=0)
         for unit, score in enumerate(scores.tolist()):
-            tokens = _best(tops[number], unit, examples)
-            found.append({"place": place.label, "number": number, "unit": unit, "score": score, "tokens": tokens})
+            told = _answers(subject.opened.tokenizer, tops[number], unit, examples)
+            found.append({"place": place.label, "number": number, "unit": unit, "score": score, **told})
     return sorted(found, key=lambda one: -one["score"])
 
 
-def _best(tops: Sequence[tuple[Tensor, list[Any]]], unit: int, count: int) -> list[str]:
-    pairs = [(float(values[i, unit]), str(names[unit][i])) for values, names in tops for i in range(len(values))]
-    return list(dict.fromkeys(name for _, name in sorted(pairs, reverse=True)))[:count]
+def _answers(tokenizer: Any, tops: Sequence[tuple[Tensor, ...]], unit: int, count: int) -> dict[str, Any]:
+    """Return the tokens of a unit's largest activations, and the text around the very first."""
+    found = [
+        (float(values[i, unit]), ids[rows[i, unit]], int(at[i, unit]))
+        for values, ids, rows, at in tops
+        for i in range(len(values))
+    ]
+    found.sort(key=lambda one: -one[0])
+    tokens = list(dict.fromkeys(str(tokenizer.convert_ids_to_tokens(int(ids[at]))) for _, ids, at in found))
+    around = [tokenizer.decode(ids[max(0, at - 6) : at + 7], skip_special_tokens=True) for _, ids, at in found[:1]]
+    return {"tokens": tokens[:count], "example": "".join(around)}
 
 
 def faithfulness(subject: Subject, scored: list[dict[str, Any]], whole: float, seed: int) -> list[dict[str, Any]]:

@@ -66,10 +66,11 @@ def _units(units: list[dict[str, Any]] | None, faithful: list[dict[str, Any]] | 
     if not units or not faithful:
         return None
     text = (
-        "The bottleneck's units, those that write most first, with the tokens that they answer to most. Whether the "
-        "order means anything is checked: taking out the first ones should cost more than as many at random."
+        "The bottleneck's units, those that write most first, with the tokens that they answer to most, and the text "
+        "around the first of these. Whether the order means anything is checked: taking out the first ones should "
+        "cost more than as many at random."
     )
-    cells = [[u["place"], str(u["unit"]), number(u["score"]), "  ".join(u["tokens"])] for u in units]
+    cells = [[u["place"], str(u["unit"]), number(u["score"]), "  ".join(u["tokens"]), u["example"]] for u in units]
     checks = [
         [f"{f['share']:.0%} ({f['units']})", f"{f['important']:+.4f}", ", ".join(f"{c:+.4f}" for c in f["random"])]
         for f in faithful
@@ -78,7 +79,7 @@ def _units(units: list[dict[str, Any]] | None, faithful: list[dict[str, Any]] | 
         "What its units answer to",
         text,
         [
-            Table(["place", "unit", "score", "tokens"], cells),
+            Table(["place", "unit", "score", "tokens", "example"], cells),
             Table(["units taken out", "cost of the first ones", "cost at random"], checks),
         ],
     )
