@@ -20,6 +20,12 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train in float32 unless a test asks otherwise, whatever the CPU is good at: figures are compared to the bit."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+
+
+@pytest.fixture(autouse=True)
 def trunk(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of its own for stored hidden states; bundled models stay where they are."""
     folder = tmp_path_factory.mktemp("trunk")

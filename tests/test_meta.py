@@ -38,7 +38,6 @@ def settings(tmp_path: Path) -> TrainSettings:
         adapter_options={"layers": "last:1", "bottleneck_dim": 4},
         max_length=12,
         learning_rate=1e-2,
-        precision="float32",
     )
 
 
@@ -74,8 +73,8 @@ def test_reptiles_update_is_the_one_computed_by_hand(settings: TrainSettings) ->
     start = [w.detach().clone() for w in meta._trained(meta.fresh(pool, settings), settings.name)[0]]
     rng = random.Random(settings.seed)
     for rate in (0.5, 0.25):
-        rows = pool.episode(rng.sample(pool.seen, 2), 3, rng)
-        end = ended(settings, how, start, [rows, rows])
+        classes = rng.sample(pool.seen, 2)
+        end = ended(settings, how, start, [pool.episode(classes, 3, rng) for _ in range(how.steps)])
         start = [kept + rate * (weights.detach() - kept) for kept, weights in zip(start, end, strict=True)]
     learnt = meta.learn(pool, settings, how)
     for weights, expected in zip(meta._trained(learnt, settings.name)[0], start, strict=True):

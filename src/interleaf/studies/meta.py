@@ -15,7 +15,6 @@ import itertools
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ class MetaSettings:
     ways: int = 2
     """Classes of a task."""
     shots: int = 8
-    """Rows of each class that an episode has to learn from."""
+    """Rows of each class that a step learns from; a held-out task has no others."""
     steps: int = 5
     """Steps of an episode, each on all of its rows."""
     rounds: int = 100
@@ -224,24 +223,6 @@ def _trained(model: Any, name: str) -> tuple[list[Tensor], list[Tensor]]:
 Batches = list[list[dict[str, Any]]]
 
 
-@contextmanager
-def _cached(
-    model: Any, pool: Pool, settings: TrainSettings, batches: Batches, asked: Batches
-) -> Iterator[tuple[Batches, Batches, Callable[[Any], Any]]]:
-    """Yield batches to learn from, others to ask about, and what makes the model's input of one.
-
-    An episode learns from the same rows again and again: the frozen layers below run once for each.
-    """
-    train, dev = (Dataset.from_list([row for batch in every for row in batch]) for every in (batches, asked or batches))
-    with trunk_cache(model, train, dev, pool.task.collator(pool.tokenizer), settings) as rows:
-        yield _divided(rows.train, batches), _divided(rows.dev, asked), rows.collate
-
-
-def _divided(rows: Dataset, batches: Batches) -> Batches:
-    every = iter(rows.to_list())
-    return [list(itertools.islice(every, len(batch))) for batch in batches]
-
-
 def _run(model: Any, pool: Pool, settings: TrainSettings, batches: Batches, collate: Any, *callbacks: Any) -> None:
     arguments = dataclasses.replace(
         training_arguments(settings, Path(settings.out + ".log"), pool.task),
@@ -285,8 +266,7 @@ def pretrain(pool: Pool, settings: TrainSettings, meta: MetaSettings, *callbacks
     model = adapted_model(task, settings)
     every = [{**row, "labels": label} for label, name in enumerate(pool.seen) for row in pool.rows[name]]
     batches = [rng.sample(every, meta.ways * meta.shots) for _ in range(meta.rounds * meta.steps)]
-    with _cached(model, pool, settings, batches, []) as (rows, _, collate):
-        _run(model, pool, settings, rows, collate, *callbacks)
+    _run(model, pool, settings, batches, pool.task.collator(pool.tokenizer), *callbacks)
     found = fresh(pool, settings)
     with torch.no_grad():
         for weights, learnt in zip(_trained(found, settings.name)[0], _trained(model, settings.name)[0], strict=True):
@@ -306,18 +286,16 @@ def learn(pool: Pool, settings: TrainSettings, meta: MetaSettings, *callbacks: T
     batches: list[Any] = []
     for _ in range(meta.rounds):
         classes = rng.sample(pool.seen, meta.ways)
-        rows = pool.episode(classes, meta.shots, rng)
-        batches += [rows] * meta.steps
-        if meta.method == "fomaml":
-            batches.append(pool.episode(classes, meta.shots, rng))
+        rows = [pool.episode(classes, meta.shots, rng) for _ in range(meta.steps if meta.method == "reptile" else 2)]
+        # Reptile learns what helps other rows from steps on different ones; MAML from its last, on others
+        batches += rows if meta.method == "reptile" else [rows[0]] * meta.steps + rows[1:]
     length = len(batches) // meta.rounds
     if meta.method == "reptile":
         rates = (meta.rate * (1 - done / meta.rounds) for done in range(meta.rounds))
         outer = Episodes(adapter, head, length, end=reptile(adapter, rates))
     else:
         outer = Episodes(adapter, head, length, query=fomaml(adapter, meta.rate))
-    with _cached(model, pool, settings, batches, []) as (laid_out, _, collate):
-        _run(model, pool, settings, laid_out, collate, outer, *callbacks)
+    _run(model, pool, settings, batches, pool.task.collator(pool.tokenizer), outer, *callbacks)
     return model
 
 
@@ -340,18 +318,28 @@ def measure(model: Any, pool: Pool, settings: TrainSettings, meta: MetaSettings,
         known = {id(row) for row in learnt}
         asked.append([row for row in rows if id(row) not in known])
         batches += [learnt] * steps
-    with _cached(model, pool, settings, batches, asked) as (laid_out, questions, collate):
+    # the same few rows again and again: the frozen layers run once for each
+    train, dev = (Dataset.from_list([row for batch in every for row in batch]) for every in (batches, asked))
+    with trunk_cache(model, train, dev, pool.task.collator(pool.tokenizer), settings) as cached:
+        questions = _divided(cached.dev, asked)
 
         def score(start: list[Tensor]) -> None:
-            batch = collate(questions[len(found)])
+            batch = cached.collate(questions[len(found)])
             model.eval()
             with torch.inference_mode():
                 said = model(**{k: v.to(model.device) for k, v in batch.items() if k != "labels"}).logits.argmax(-1)
             model.train()
             found.append(float((said.cpu() == batch["labels"]).float().mean()))
 
-        _run(model, pool, settings, laid_out, collate, Episodes(adapter, head, steps, end=score))
+        episodes = Episodes(adapter, head, steps, end=score)
+        _run(model, pool, settings, _divided(cached.train, batches), cached.collate, episodes)
     return found
+
+
+def _divided(rows: Dataset, batches: Batches) -> Batches:
+    """Return rows in batches of the sizes of others."""
+    every = iter(rows.to_list())
+    return [list(itertools.islice(every, len(batch))) for batch in batches]
 
 
 @dataclasses.dataclass(frozen=True)
