@@ -56,7 +56,7 @@ class MetaSettings:
     words: int | None = None
     """Cut texts into pieces of so many words, each a row."""
     outer_rate: float | None = None
-    """How far an episode moves the initialisation: of the way, for Reptile (0.5); learning rate for fomaml (1e-3)."""
+    """How far an episode moves the initialisation: of the way, for Reptile (1); learning rate for fomaml (3e-3)."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -68,7 +68,7 @@ class MetaSettings:
     @property
     def rate(self) -> float:
         """How far an episode moves the initialisation."""
-        return self.outer_rate if self.outer_rate is not None else 0.5 if self.method == "reptile" else 1e-3
+        return self.outer_rate if self.outer_rate is not None else 1.0 if self.method == "reptile" else 3e-3
 
 
 class Episodes(TrainerCallback):
