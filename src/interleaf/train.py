@@ -16,7 +16,7 @@ from interleaf.adapter import AdapterConfig
 from interleaf.depth import Tried, find_layers, wants_probe
 from interleaf.errors import ConfigError, StoreError
 from interleaf.files import refuse_existing
-from interleaf.fit import adapted_model, fit
+from interleaf.fit import adapted_model, fit, in_bfloat16
 from interleaf.forgetting import ForgetBudget, Memory, memory_of
 from interleaf.record import command, curves, environment, side_by_side
 from interleaf.settings import TrainSettings
@@ -49,6 +49,7 @@ class Plan:
     head_parameters: int
     base_parameters: int
     memory_bytes: int
+    precision: str
     trunk_cache: str
     tried_layers: list[Tried]
 
@@ -94,6 +95,7 @@ class Run:
             head_parameters=summary.head_parameters,
             base_parameters=summary.base_parameters,
             memory_bytes=self._memory_bytes(summary),
+            precision="bfloat16" if in_bfloat16(self.settings.precision) else "float32",
             trunk_cache=self._trunk(),
             tried_layers=self.tried,
         )

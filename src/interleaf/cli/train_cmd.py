@@ -95,6 +95,7 @@ def show_plan(plan: Plan) -> None:
         ["trained", f"{trained:,} parameters, {share:.2f}% of the base"],
         ["steps", f"{plan.steps:,}"],
         *([["layers tried", _tried(plan)]] if plan.tried_layers else []),
+        ["precision", plan.precision],
         ["trunk cache", plan.trunk_cache],
         ["memory", f"about {size(plan.memory_bytes)} at the peak (an estimate)"],
     ]
