@@ -247,9 +247,9 @@ def preferred(way: str, seed: int) -> dict[str, float]:
         trainer = study.make_trainer(given, PREFERENCES, *study.rows_for(given, PREFERENCES))
         trainer.loss_types = ["sigmoid" if way == "dpo" else "sft"]
         trainer.train()
-        told = trainer.evaluate()
+        told = study.last(trainer.state.log_history, PREFERENCES)
     print("preferences", way, seed, told, file=sys.stderr, flush=True)
-    return {"pairs": told["eval_rewards/accuracies"], "margin": told["eval_rewards/margins"]}
+    return {"pairs": told["rewards/accuracies"], "margin": told["rewards/margins"]}
 
 
 def rewarded(way: str, seed: int) -> dict[str, Any]:
@@ -392,21 +392,35 @@ def ia3(inner: str, *modules: str) -> dict[str, Any]:
     return {"peft_type": "IA3", "target_modules": [*modules, inner], "feedforward_modules": [inner]}
 
 
-def unions() -> Any:
-    """Film reviews: each method alone, each beside a bottleneck, and all; where they can have them, 113,040 weights."""
-    attention, factors = ("query", "value"), ia3("output.dense", "key", "value")
-    made = {
+def mixtures(
+    attention: tuple[str, ...], factors: dict[str, Any], ranks: tuple[int, int, int], tokens: tuple[int, int]
+) -> dict[str, dict[str, Any]]:
+    """Return each method alone, each beside a bottleneck, and all, at about as many weights where they can have them.
+
+    Args:
+        attention: the maps that LoRA is for.
+        factors: (IA)3.
+        ranks: LoRA's alone, beside a bottleneck and among all.
+        tokens: a prompt's beside a bottleneck and a prefix's among all.
+    """
+    single, beside, among = (lora(rank, *attention) for rank in ranks)
+    return {
         "plain bottleneck": union(bottleneck(24)),
-        "LoRA": union(lora(12, *attention)),
+        "LoRA": union(single),
         "prefix": union(prefix(24)),
         "prompt": union(prompt(96)),
         "(IA)3": union(factors),
-        "bottleneck and LoRA": union(bottleneck(12), lora(6, *attention)),
+        "bottleneck and LoRA": union(bottleneck(12), beside),
         "bottleneck and prefix": union(bottleneck(12), prefix(12)),
-        "bottleneck and prompt": union(bottleneck(20), prompt(48)),
+        "bottleneck and prompt": union(bottleneck(20), prompt(tokens[0])),
         "bottleneck and (IA)3": union(bottleneck(20), factors),
-        "bottleneck, LoRA, prefix and (IA)3": union(bottleneck(8), lora(4, *attention), prefix(4), factors),
+        "bottleneck, LoRA, prefix and (IA)3": union(bottleneck(8), among, prefix(tokens[1]), factors),
     }
+
+
+def unions() -> Any:
+    """Film reviews: methods alone and together, at 113,040 weights where they can."""
+    made = mixtures(("query", "value"), ia3("output.dense", "key", "value"), (12, 6, 4), (48, 4))
     return arms({name: {**how, "limit": 600} for name, how in made.items()})
 
 
@@ -418,20 +432,7 @@ def unions_translation() -> Any:
         told = read_settings(ROOT / "configs" / "translation-ui.yaml", given)
         return replace(told, **changed, earlier=None, task_options={**told.task_options, "dev_rows": 100})
 
-    attention, factors = ("q_proj", "v_proj"), ia3("fc2", "k_proj", "v_proj")
-    made = {
-        "plain bottleneck": union(bottleneck(24)),
-        "LoRA": union(lora(11, *attention)),
-        "prefix": union(prefix(24)),
-        "prompt": union(prompt(96)),
-        "(IA)3": union(factors),
-        "bottleneck and LoRA": union(bottleneck(12), lora(5, *attention)),
-        "bottleneck and prefix": union(bottleneck(12), prefix(12)),
-        "bottleneck and prompt": union(bottleneck(20), prompt(64)),
-        "bottleneck and (IA)3": union(bottleneck(20), factors),
-        "bottleneck, LoRA, prefix and (IA)3": union(bottleneck(8), lora(3, *attention), prefix(5), factors),
-    }
-    return arms(made, interface)
+    return arms(mixtures(("q_proj", "v_proj"), ia3("fc2", "k_proj", "v_proj"), (11, 5, 3), (64, 5)), interface)
 
 
 def search() -> Any:

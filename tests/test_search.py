@@ -15,7 +15,6 @@ from typing import Any
 import optuna
 import pytest
 import yaml
-from ray.cluster_utils import Cluster
 
 from interleaf.errors import ConfigError
 from interleaf.settings import TrainSettings, read_settings
@@ -73,6 +72,8 @@ def test_two_worker_processes_share_a_study(settings: TrainSettings, tmp_path: P
 def test_two_workers_of_a_ray_cluster_share_a_study(
     settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from ray.cluster_utils import Cluster
+
     monkeypatch.chdir(tmp_path)
     Path("rows.csv").write_bytes(Path(settings.train).read_bytes())
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})

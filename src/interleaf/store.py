@@ -128,8 +128,12 @@ def save(
     *,
     tokenizer: Any = None,
     overwrite: bool = False,
+    stored_name: str | None = None,
 ) -> Path:
     """Write one adapter of a model, with its head, to a folder of its own.
+
+    Args:
+        stored_name: how it is called when it is loaded, if not as on the model.
 
     Raises:
         StoreError: the folder exists, or the disk is full; nothing is left behind.
@@ -137,7 +141,6 @@ def save(
     from interleaf import __version__
     from interleaf.model import adapter_tensors
 
-    adaptation = adaptation or Adaptation()
     tensors = {k: v.detach().cpu().contiguous() for k, v in adapter_tensors(model._module, name).items()}
     if bad := [k for k, v in tensors.items() if not torch.isfinite(v).all()]:
         raise StoreError(f"adapter {name!r} holds NaN or infinity in {bad[0]}; it was not saved.")
@@ -148,10 +151,10 @@ def save(
         record = {
             "format": FORMAT,
             "interleaf": __version__,
-            "name": adaptation.run.get("name", name),  # TRL calls every adapter "default"
+            "name": stored_name or name,
             "base": fingerprint(model._module, tokenizer),
             "sha256": _sha256(folder / WEIGHTS),
-            **dataclasses.asdict(adaptation),
+            **dataclasses.asdict(adaptation or Adaptation()),
         }
         _write_json(folder / CONFIG, config)
         _write_json(folder / RECORD, record)

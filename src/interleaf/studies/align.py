@@ -112,7 +112,14 @@ def align(settings: TrainSettings, how: AlignSettings, *callbacks: TrainerCallba
         command=command(),
     )
     tokenizer = load_base(settings.base, _tokenizer)
-    path = model.save_adapter(settings.out, name, adaptation, tokenizer=tokenizer, overwrite=settings.overwrite)
+    path = model.save_adapter(
+        settings.out,
+        name,
+        adaptation,
+        tokenizer=tokenizer,
+        overwrite=settings.overwrite,
+        stored_name=settings.name,  # TRL calls every adapter "default"
+    )
     return Aligned(path, history, seconds)
 
 

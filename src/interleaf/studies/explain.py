@@ -256,10 +256,13 @@ def _answers(tokenizer: Any, tops: Sequence[tuple[Tensor, ...]], unit: int, coun
         for values, ids, rows, at in tops
         for i in range(len(values))
     ]
+    if not found:
+        return {"tokens": [], "example": ""}
     found.sort(key=lambda one: -one[0])
     tokens = list(dict.fromkeys(str(tokenizer.convert_ids_to_tokens(int(ids[at]))) for _, ids, at in found))
-    around = [tokenizer.decode(ids[max(0, at - 6) : at + 7], skip_special_tokens=True) for _, ids, at in found[:1]]
-    return {"tokens": tokens[:count], "example": "".join(around)}
+    _, ids, at = found[0]
+    around = tokenizer.decode(ids[max(0, at - 6) : at + 7], skip_special_tokens=True)
+    return {"tokens": tokens[:count], "example": around}
 
 
 def faithfulness(subject: Subject, scored: list[dict[str, Any]], whole: float, seed: int) -> list[dict[str, Any]]:

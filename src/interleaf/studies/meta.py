@@ -286,9 +286,11 @@ def learn(pool: Pool, settings: TrainSettings, meta: MetaSettings, *callbacks: T
     batches: list[Any] = []
     for _ in range(meta.rounds):
         classes = rng.sample(pool.seen, meta.ways)
-        rows = [pool.episode(classes, meta.shots, rng) for _ in range(meta.steps if meta.method == "reptile" else 2)]
-        # Reptile learns what helps other rows from steps on different ones; MAML from its last, on others
-        batches += rows if meta.method == "reptile" else [rows[0]] * meta.steps + rows[1:]
+        if meta.method == "reptile":  # what helps other rows is learnt from steps on different ones
+            batches += [pool.episode(classes, meta.shots, rng) for _ in range(meta.steps)]
+        else:  # and here from the last, on others
+            batches += [pool.episode(classes, meta.shots, rng)] * meta.steps
+            batches.append(pool.episode(classes, meta.shots, rng))
     length = len(batches) // meta.rounds
     if meta.method == "reptile":
         rates = (meta.rate * (1 - done / meta.rounds) for done in range(meta.rounds))
@@ -307,8 +309,7 @@ def measure(model: Any, pool: Pool, settings: TrainSettings, meta: MetaSettings,
     rng = random.Random(settings.seed + 1)
     adapter, head = _trained(model, settings.name)
     found: list[float] = []
-    batches: list[Any] = []
-    asked = []
+    shown, asked = [], []
     for classes in pool.tasks(meta.ways):
         count = min(len(pool.rows[name]) for name in classes)
         rows = pool.episode(classes, min(count, meta.shots + 50), rng)
@@ -317,11 +318,12 @@ def measure(model: Any, pool: Pool, settings: TrainSettings, meta: MetaSettings,
             learnt += [row for row in rows if row["labels"] == label][: meta.shots]
         known = {id(row) for row in learnt}
         asked.append([row for row in rows if id(row) not in known])
-        batches += [learnt] * steps
+        shown.append(learnt)
     # the same few rows again and again: the frozen layers run once for each
-    train, dev = (Dataset.from_list([row for batch in every for row in batch]) for every in (batches, asked))
+    train, dev = (Dataset.from_list([row for batch in every for row in batch]) for every in (shown, asked))
     with trunk_cache(model, train, dev, pool.task.collator(pool.tokenizer), settings) as cached:
         questions = _divided(cached.dev, asked)
+        batches = [rows for rows in _divided(cached.train, shown) for _ in range(steps)]
 
         def score(start: list[Tensor]) -> None:
             batch = cached.collate(questions[len(found)])
@@ -331,8 +333,7 @@ def measure(model: Any, pool: Pool, settings: TrainSettings, meta: MetaSettings,
             model.train()
             found.append(float((said.cpu() == batch["labels"]).float().mean()))
 
-        episodes = Episodes(adapter, head, steps, end=score)
-        _run(model, pool, settings, _divided(cached.train, batches), cached.collate, episodes)
+        _run(model, pool, settings, batches, cached.collate, Episodes(adapter, head, steps, end=score))
     return found
 
 
